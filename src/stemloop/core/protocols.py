@@ -1,0 +1,238 @@
+"""Every socket of the house on one page.
+
+The rooms meet here and nowhere else: a room implements some of these protocols, ``campaign`` joins them. Each socket
+has a conformance suite under ``tests/`` that its implementations inherit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stemloop.core.instruction import Instruction, Position
+from stemloop.core.signal import Signal
+from stemloop.core.structure import Columns, Descriptors, Energies
+
+# ----------------------------------------------------------------------------------------------- the microscope
+
+
+@dataclass(frozen=True)
+class Camera:
+    """A pixelated detector: ``shape`` (rows, columns), ``pixel_rad`` [rad] a pixel, the undiffracted beam at
+    ``centre_px`` (row, col). Row 0 is the top; a beam tilted towards +y lands at larger rows, towards +x at larger
+    columns (no flip, no rotation against the scan)."""
+
+    shape: tuple[int, int]
+    pixel_rad: float
+    centre_px: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class InstrumentInfo:
+    """What an instrument is: ``field_m`` (height, width) [m] of its largest field of view, what it can do
+    (``instructions``: names of instruction kinds), its beam ``energy_eV``, its ``camera`` if it has one, the
+    ``energy_loss`` axis as (offset, scale, size) [eV] if it records spectra, and, for a recording, the only positions
+    that it can answer (``positions_m``, (n, 2) (y, x) [m])."""
+
+    name: str
+    instructions: tuple[str, ...]
+    field_m: tuple[float, float]
+    energy_eV: float
+    source_fwhm_m: float = 0.0
+    camera: Camera | None = None
+    energy_loss: tuple[float, float, int] | None = None
+    positions_m: NDArray[np.float64] | None = None
+    sample: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """What came back from one instruction.
+
+    frames : (n, ...) one entry an exposed position ((1, rows, columns) for an image), or None.
+    electrons : mean number of electrons that each frame was given (for an image: each pixel).
+    state : the state vector when the instruction had been carried out.
+    calibration : what a reader needs to put units on the frames.
+    """
+
+    frames: NDArray[Any] | None
+    electrons: float
+    state: dict[str, Any]
+    calibration: dict[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Instrument(Protocol):
+    """A microscope, real, simulated or recorded. One process owns it and calls it from one thread.
+
+    ``execute`` carries out one instruction and returns when it is done. ``key`` is the same for the same command
+    wherever it is repeated: a simulated instrument derives its random numbers from it. ``state`` is a dictionary of
+    plain numbers that ``restore`` takes back, so that a server that starts again goes on where it stopped.
+    """
+
+    @property
+    def info(self) -> InstrumentInfo: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+    def execute(self, instruction: Instruction, key: str) -> Exposure: ...
+
+    def close(self) -> None: ...
+
+
+class Scope(Protocol):
+    """What the loop holds of a microscope: a guarded connection with a lease. ``command_id`` makes a repeat harmless:
+    an id that was executed before answers the first result and exposes nothing."""
+
+    @property
+    def info(self) -> InstrumentInfo: ...
+
+    def execute(self, instruction: Instruction, command_id: str) -> Exposure: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def dose(self) -> dict[str, float]: ...
+
+    def close(self) -> None: ...
+
+
+# ------------------------------------------------------------------------------------------------------- frames
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive frames of one stream: ``first`` is the sequence number of ``frames[0]``; ``meta`` travels along."""
+
+    stream: str
+    first: int
+    frames: NDArray[Any]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class FrameSink(Protocol):
+    """Where an instrument's side puts frames. ``send`` returns the sequence number of the first frame."""
+
+    def send(self, stream: str, frames: NDArray[Any], meta: dict[str, Any]) -> int: ...
+
+    def close(self) -> None: ...
+
+
+class FrameLog(Protocol):
+    """A durable log of batches: what ``append`` has returned from is on the disk (after fdatasync)."""
+
+    def append(self, batch: Batch) -> None: ...
+
+    def batches(self, stream: str | None = None) -> Iterator[Batch]: ...
+
+    def close(self) -> None: ...
+
+
+class Reader(Protocol):
+    """Reads a recorded file of any vendor into signals, or raises an ``UnreadableFile``."""
+
+    def __call__(self, path: str) -> list[Signal]: ...
+
+
+# ---------------------------------------------------------------------------------------- from frames to meaning
+
+
+class ColumnFinder(Protocol):
+    """Finds atom columns in an image (y, x)."""
+
+    def __call__(self, image: NDArray[Any], pixel_size_m: float | None = None) -> Columns: ...
+
+
+class Describer(Protocol):
+    """Turns CBED patterns (n, det_y, det_x) [counts] into structure descriptors.
+
+    ``camera`` calibrates the detector; ``energy_eV`` and ``semiangle_rad`` are the beam's; ``electrons`` the mean
+    number of electrons a pattern; ``rotation_rad`` turns the reference lattice against +x of the scan.
+    """
+
+    def __call__(
+        self,
+        patterns: NDArray[Any],
+        camera: Camera,
+        energy_eV: float,
+        semiangle_rad: float,
+        electrons: float,
+        rotation_rad: float = 0.0,
+    ) -> Descriptors: ...
+
+
+class Scalarizer(Protocol):
+    """Turns frames into one number each with its 1-sigma deviation: ``(value (n,), sigma (n,))``."""
+
+    unit: str
+
+    def __call__(
+        self, frames: NDArray[Any], calibration: dict[str, Any]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
+
+
+class EnergyModel(Protocol):
+    """Turns descriptors into energies, with a real calculator behind it."""
+
+    unit: str
+
+    def __call__(self, descriptors: Descriptors) -> Energies: ...
+
+
+# ------------------------------------------------------------------------------------------------------ decision
+
+
+class Belief(Protocol):
+    """What is believed of a scalar field after some measurements. ``predict`` takes positions (m, 2) [m] and returns
+    the mean (m,) and the 1-sigma deviation (m,) of the field itself (without measurement noise)."""
+
+    def predict(self, positions: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
+
+
+class Acquisition(Protocol):
+    """Chooses the next positions: indices (n,) into ``candidates`` (m, 2) [m], in the order to visit them."""
+
+    def __call__(
+        self,
+        belief: Any,
+        candidates: NDArray[np.float64],
+        n: int,
+        start: Position,
+        rng: np.random.Generator,
+    ) -> NDArray[np.int64]: ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where an experiment stands, as stop rules and the display see it. ``target_sigma`` and ``sigma`` are in the
+    unit of the property; ``dose`` counts electrons."""
+
+    points: int
+    sigma: float
+    electrons: float
+    seconds: float
+
+
+class StopRule(Protocol):
+    """Returns the reason to stop (one word, such as ``uncertainty``) or None to go on."""
+
+    def __call__(self, progress: Progress) -> str | None: ...
+
+
+# ------------------------------------------------------------------------------------------------------- samples
+
+
+class Specimen(Protocol):
+    """A simulated sample and its truth. The twin images it and never tells the loop; ``truth`` is for scoring."""
+
+    name: str
+    material: str
+    field_m: tuple[float, float]
+    rotation_rad: float
+
+    def truth(self, positions: NDArray[np.float64]) -> Descriptors: ...

@@ -1,0 +1,102 @@
+"""What a place of the specimen looks like: descriptors of diffraction patterns, and found atom columns.
+
+Strain convention. Image axes: ``x`` to the right, ``y`` down, the beam along ``+z`` into the page (a right-handed
+set). A displacement field ``u`` of the reference lattice gives, to first order,
+``e_xx = du_x/dx``, ``e_yy = du_y/dy``, ``e_xy = (du_x/dy + du_y/dx)/2`` (tensor shear) and the rotation
+``w = (du_y/dx - du_x/dy)/2``, positive from +x towards +y (clockwise on the screen).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stemloop.core.errors import InputError
+
+#: The continuous quantities of a descriptor, in the order of ``mean`` and ``sigma``.
+QUANTITIES = ("e_mean", "e_diff", "e_xy", "rotation_rad", "thickness_m", "tilt_y_rad", "tilt_x_rad")
+#: What a place can be. ``vacuum`` is no specimen at all.
+PHASES = ("MoS2", "graphene", "SrTiO3", "vacuum")
+#: What the site under the probe can be.
+SITES = ("pristine", "vacancy", "dopant")
+
+
+@dataclass(frozen=True)
+class Descriptors:
+    """Structure descriptors of ``n`` diffraction patterns.
+
+    mean, sigma : (n, 7) float64. Columns are :data:`QUANTITIES`: ``e_mean = (e_xx + e_yy)/2``,
+        ``e_diff = (e_xx - e_yy)/2`` and ``e_xy`` (nearly uncorrelated by symmetry, which is why they are kept instead
+        of e_xx and e_yy), rotation [rad], thickness [m], specimen tilt about the two axes [rad]; ``sigma`` is the
+        1-sigma deviation of each.
+    phase : (n, 4) probabilities over :data:`PHASES`. site : (n, 3) probabilities over :data:`SITES`.
+    novelty : (n,) distance from what the network was trained on, in deviations (above about 4: do not trust).
+    """
+
+    mean: NDArray[np.float64]
+    sigma: NDArray[np.float64]
+    phase: NDArray[np.float64]
+    site: NDArray[np.float64]
+    novelty: NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        n = len(self.mean)
+        wanted = {"mean": (n, 7), "sigma": (n, 7), "phase": (n, 4), "site": (n, 3), "novelty": (n,)}
+        for name, shape in wanted.items():
+            if getattr(self, name).shape != shape:
+                raise InputError(f"{name} has shape {getattr(self, name).shape}; {n} descriptors need {shape}.")
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    @property
+    def strain(self) -> NDArray[np.float64]:
+        """(n, 3): e_xx, e_yy, e_xy."""
+        e_mean, e_diff, e_xy = self.mean[:, 0], self.mean[:, 1], self.mean[:, 2]
+        return np.stack([e_mean + e_diff, e_mean - e_diff, e_xy], axis=1)
+
+    @property
+    def strain_covariance(self) -> NDArray[np.float64]:
+        """(n, 3, 3): covariance of e_xx, e_yy, e_xy, from independent e_mean, e_diff, e_xy."""
+        mix = np.array([[1.0, 1.0, 0.0], [1.0, -1.0, 0.0], [0.0, 0.0, 1.0]])
+        return np.einsum("ij,nj,kj->nik", mix, self.sigma[:, :3] ** 2, mix)
+
+    def take(self, index: Any) -> Descriptors:
+        """The descriptors at ``index`` (anything that indexes the first axis and keeps it)."""
+        return Descriptors(
+            self.mean[index], self.sigma[index], self.phase[index], self.site[index], self.novelty[index]
+        )
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Atom columns found in an image: ``position`` (n, 2) as (row, col) [px], ``sigma`` (n, 2) [px], ``amplitude``
+    (n,) and ``width`` (n,) [px] of the fitted Gaussians, ``sublattice`` (n,) int (0 is the brightest)."""
+
+    position: NDArray[np.float64]
+    sigma: NDArray[np.float64]
+    amplitude: NDArray[np.float64]
+    width: NDArray[np.float64]
+    sublattice: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+
+@dataclass(frozen=True)
+class Energies:
+    """Energies [eV] of ``n`` places with their deviations.
+
+    value : the energy; sigma : its 1-sigma deviation from the descriptor's, the calculator's interpolation and second
+    order terms together; gradient : (n, 3) dE/d(e_xx, e_yy, e_xy) [eV] where the energy depends on strain, else zeros.
+    """
+
+    value: NDArray[np.float64]
+    sigma: NDArray[np.float64]
+    gradient: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.value)

@@ -1,0 +1,1 @@
+"""Belief to the next action: Gaussian processes, acquisition, stop rules."""

@@ -1,0 +1,1 @@
+"""Images, patterns and spectra to structure."""

@@ -1,0 +1,1 @@
+"""Who may use the microscope, how it is asked, how it answers."""

@@ -1,0 +1,1 @@
+"""Structure to images: specimens, imaging physics, camera, training examples, the twin."""

@@ -1,0 +1,1 @@
+"""Kept and found: vendor files read safely, sealed open files."""

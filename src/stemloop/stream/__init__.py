@@ -1,0 +1,1 @@
+"""Frames in motion: packets, channels, the durable landing log."""
