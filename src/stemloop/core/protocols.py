@@ -116,9 +116,10 @@ class Batch:
 
 
 class FrameSink(Protocol):
-    """Where an instrument's side puts frames. ``send`` returns the sequence number of the first frame."""
+    """Where an instrument's side puts frames. The sequence numbers are given by the sender, who keeps them durably:
+    a batch that is sent again carries its old numbers, and the receiver keeps the first copy."""
 
-    def send(self, stream: str, frames: NDArray[Any], meta: dict[str, Any]) -> int: ...
+    def send(self, batch: Batch) -> None: ...
 
     def close(self) -> None: ...
 
