@@ -12,6 +12,8 @@ The radius ``R`` of the discs is known (semiangle / wavelength). Three maps are 
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import fft
@@ -23,6 +25,7 @@ MAPS = 3
 _PADDED = 80
 _RING_PX = 2.0
 _SOFTEN_PX = 0.6
+_RADIUS_STEP_PX = 0.02
 
 
 def radius_px(semiangle_rad: NDArray[np.float64], wavelength_A: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -30,19 +33,28 @@ def radius_px(semiangle_rad: NDArray[np.float64], wavelength_A: NDArray[np.float
     return np.asarray(semiangle_rad / wavelength_A / PIXEL_PER_A, dtype=np.float64)
 
 
-def _disc(k: NDArray[np.float64], radius: NDArray[np.float64]) -> NDArray[np.float64]:
-    u = 2 * np.pi * k * np.maximum(radius, 1e-6)[:, None, None]
+def _disc(k: NDArray[np.float64], radius: float) -> NDArray[np.float64]:
+    u = 2 * np.pi * k * radius
     return 2 * j1(u) / np.where(u > 0, u, 1.0) + (u == 0)
 
 
-def _filters(radius: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    k = np.hypot(fft.fftfreq(_PADDED)[:, None], fft.rfftfreq(_PADDED)[None, :])[None]
+@functools.lru_cache(maxsize=512)
+def _filter(steps: int) -> NDArray[np.float32]:
+    """(2, rows, columns) transforms of disc, and disc minus ring, of radius ``steps`` times 0.02 px."""
+    radius = max(steps, 1) * _RADIUS_STEP_PX
+    k = np.hypot(fft.fftfreq(_PADDED)[:, None], fft.rfftfreq(_PADDED)[None, :])
     soft = np.exp(-2 * (np.pi * _SOFTEN_PX * k) ** 2)
     inner, outer = radius**2, (radius + _RING_PX) ** 2
     disc = _disc(k, radius) * soft
     wide = _disc(k, radius + _RING_PX) * soft
-    ring = (outer[:, None, None] * wide - inner[:, None, None] * disc) / (outer - inner)[:, None, None]
-    return disc.astype(np.float32), (disc - ring).astype(np.float32)
+    ring = (outer * wide - inner * disc) / (outer - inner)
+    return np.stack([disc, disc - ring]).astype(np.float32)
+
+
+def _filters(radius: NDArray[np.float64]) -> NDArray[np.float32]:
+    steps, back = np.unique(np.rint(radius / _RADIUS_STEP_PX).astype(int), return_inverse=True)
+    known = np.stack([_filter(int(s)) for s in steps])
+    return known if len(steps) == 1 else known[back]
 
 
 def disc_maps(
@@ -53,8 +65,8 @@ def disc_maps(
     ``radius`` (n,) [px] of the discs, ``electrons`` (n,) incident electrons. Row and column 0, which have no partner
     across the undiffracted beam, are not looked at.
     """
-    same = len(radius) > 1 and bool(np.all(radius == radius[0]))
-    disc, edge = _filters(radius[:1] if same else radius)
+    filters = _filters(radius)
+    disc, edge = filters[:, 0], filters[:, 1]
     area = (np.pi * radius**2)[:, None, None].astype(np.float32)
     dose = np.asarray(electrons, dtype=np.float32)[:, None, None]
     inside = counts.copy()
@@ -68,7 +80,7 @@ def disc_maps(
     maps = np.empty((len(counts), MAPS, SIZE, SIZE), dtype=np.float32)
     maps[:, 0] = np.sqrt(np.maximum(fraction * area / dose, 0) + 1e-6)
     maps[:, 1] = edges * np.sqrt(area / dose)
-    maps[:, 2] = 30 * np.arcsinh(plain * area / dose * 30) / 30
+    maps[:, 2] = np.arcsinh(30 * plain * area / dose)
     return maps
 
 

@@ -25,8 +25,8 @@ class Settings:
     ``width``, ``threads`` of torch, ``seed`` of everything."""
 
     epochs: int = 12
-    batch: int = 512
-    rate: float = 2e-3
+    batch: int = 256
+    rate: float = 1.5e-3
     width: int = 192
     threads: int = 2
     seed: int = 0
@@ -90,15 +90,13 @@ def train(examples: Examples, settings: Settings, checkpoint: Path, resume: bool
 
     After every epoch (and every 200 steps) the whole state is written to ``checkpoint``, and ``resume`` goes on from
     it: the order and the noise of each batch come from (seed, epoch, batch), so a training that was interrupted sees
-    what it would have seen. Returns the network with the running mean of its weights (decay 0.998).
+    what it would have seen. Returns the network with the running mean of its weights (over 500 steps, fewer at first).
     """
     torch = torch_module()
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     network = build(settings.width)
-    average = torch.optim.swa_utils.AveragedModel(
-        network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998), use_buffers=False
-    )
+    average = torch.optim.swa_utils.AveragedModel(network, avg_fn=_running_mean)
     optimiser = torch.optim.AdamW(network.parameters(), lr=settings.rate, weight_decay=0.02)
     per_epoch = len(range(0, len(examples) - settings.batch // 2, settings.batch))
     steps = settings.epochs * per_epoch
@@ -124,6 +122,10 @@ def train(examples: Examples, settings: Settings, checkpoint: Path, resume: bool
     for (_, mean), (_, last) in zip(average.module.named_buffers(), network.named_buffers(), strict=True):
         mean.copy_(last)
     return average.module.eval()
+
+
+def _running_mean(mean: Any, last: Any, seen: Any) -> Any:
+    return mean + (last - mean) * max(1 - 0.998, 9.0 / (10.0 + float(seen)))
 
 
 def _kept(path: Path, settings: Settings, n: int, state: dict[str, Any], generator: Any, step: int) -> None:
