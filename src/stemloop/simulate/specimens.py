@@ -239,7 +239,9 @@ def _peaked(wave: Periodic, peak: float, size: tuple[float, float], percentile: 
     return wave.scaled(peak / float(np.percentile(principal, percentile)))
 
 
-def _weak_waves(rng: np.random.Generator, n: int, box: float, poisson: float, rms: float, shortest_A: float) -> Periodic:
+def _weak_waves(
+    rng: np.random.Generator, n: int, box: float, poisson: float, rms: float, shortest_A: float
+) -> Periodic:
     wave = relax(long_waves(rng, n, box, shortest_A), box, poisson)
     axis = np.linspace(0, box, 48, endpoint=False)
     points = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
@@ -272,9 +274,7 @@ def mos2(seed: int) -> Sample:
     ellipse = _peaked(relax(misfit[:, None, None] * inside, box, poisson), 0.028, size)
     strain = ellipse + _weak_waves(rng, n, box, poisson, 0.0035, 30.0)
     sulphur = 2 * size[0] * size[1] / (3.16**2 * 3**0.5 / 2)
-    return build(
-        "MoS2", field_A, strain, seed=seed, rotation_rad=_small_turn(rng), vacancies=round(0.015 * sulphur)
-    )
+    return build("MoS2", field_A, strain, seed=seed, rotation_rad=_small_turn(rng), vacancies=round(0.015 * sulphur))
 
 
 @SPECIMENS.register("graphene")
@@ -338,9 +338,9 @@ def srtio3(seed: int) -> Sample:
     axis = rotation + rng.integers(0, 4) * np.pi / 2
     c, s = np.cos(axis), np.sin(axis)
     misfit = np.array([c * c - 0.5 * s * s, s * s - 0.5 * c * c, 1.5 * c * s])
-    strain = _peaked(
-        relax(misfit[:, None, None] * domain(grid), box, kind.poisson), 0.018, size
-    ) + _weak_waves(rng, n, box, kind.poisson, 0.0025, 40.0)
+    strain = _peaked(relax(misfit[:, None, None] * domain(grid), box, kind.poisson), 0.018, size) + _weak_waves(
+        rng, n, box, kind.poisson, 0.0025, 40.0
+    )
     polar = rng.uniform(0.12, 0.18) * np.array([s, c])
     slope = rng.uniform(-4e-3, 4e-3, 2) / (field_A[0] / 2)
     middle = np.array(size) / 2
