@@ -46,9 +46,26 @@ def export(network: Any, card: dict[str, Any], path: Path) -> None:
             dynamo=False,
         )
     model = onnx.load(str(path))
+    _halved(model)
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, {KEY: json.dumps(card, default=_plain)})
     onnx.save(model, str(path))
+
+
+def _halved(model: Any) -> None:
+    """Store large weights as float16 with a cast before their use, which runtimes fold when they load the file."""
+    import onnx
+
+    casts = []
+    for stored in model.graph.initializer:
+        if stored.data_type != onnx.TensorProto.FLOAT or np.prod(stored.dims) < 10_000:
+            continue
+        half = onnx.numpy_helper.to_array(stored).astype(np.float16)
+        casts.append(onnx.helper.make_node("Cast", [f"{stored.name}.half"], [stored.name], to=onnx.TensorProto.FLOAT))
+        stored.CopyFrom(onnx.numpy_helper.from_array(half, f"{stored.name}.half"))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def _plain(value: Any) -> Any:
