@@ -1,0 +1,280 @@
+"""Recipes: what is measured, what it means, and for which places it is wanted.
+
+A recipe prepares the field (overview, candidates, features), says how to measure a set of candidates, and turns the
+frames into values with deviations. The loop knows nothing else of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stemloop.campaign.grid import Grid, nyquist_grid, recorded_grid
+from stemloop.campaign.settings import Settings
+from stemloop.campaign.site import Site
+from stemloop.campaign.stopwatch import Stopwatch
+from stemloop.core.errors import InputError
+from stemloop.core.instruction import Diffraction, Image, Instruction, Optics, Spectrum
+from stemloop.core.protocols import InstrumentInfo
+from stemloop.core.registry import Registry
+from stemloop.core.structure import QUANTITIES, Columns, Descriptors
+from stemloop.describe.atoms import find_columns
+from stemloop.describe.lattice import orientation
+from stemloop.describe.patterns import PatternDescriber
+from stemloop.energetics.models import defect_energy, strain_energy
+from stemloop.reduce.spectra import SCALARIZERS
+
+RECIPES: "Registry[type[Recipe]]" = Registry("recipe")
+
+
+@dataclass(frozen=True)
+class Beam:
+    """How the beam is set: for the overview and for the measurement of one point."""
+
+    imaging_semiangle_rad: float
+    semiangle_rad: float
+    current_A: float = 100e-12
+
+
+#: Nano-beams whose discs just separate, and imaging probes that resolve the lattice.
+BEAMS = {
+    "MoS2": Beam(imaging_semiangle_rad=28e-3, semiangle_rad=7e-3),
+    "graphene": Beam(imaging_semiangle_rad=30e-3, semiangle_rad=9e-3),
+    "SrTiO3": Beam(imaging_semiangle_rad=22e-3, semiangle_rad=3e-3),
+}
+
+
+def beam_for(info: InstrumentInfo) -> Beam:
+    """The beam for the instrument's sample; a material without a network is an InputError."""
+    material = info.sample.get("material")
+    if material not in BEAMS:
+        raise InputError(f"no beam is set for the material {material!r}; known: {', '.join(sorted(BEAMS))}.")
+    return BEAMS[str(material)]
+
+
+@dataclass
+class Overview:
+    """The HAADF overview and what was found in it: columns [px], their positions [m], the lattice's orientation."""
+
+    image: NDArray[Any]
+    extent_m: tuple[float, float]
+    columns: Columns
+    columns_m: NDArray[np.float64]
+    rotation_rad: float
+
+
+@dataclass
+class Recipe:
+    """Base of all recipes. After :meth:`prepare`, ``candidates_m`` (n, 2) [m] are the places that may be measured and
+    for which the property is wanted, ``features`` (n, 2) what the Gaussian process sees of them (by default the
+    places themselves), and ``raster_points`` the number of points of the full raster at Nyquist."""
+
+    name: ClassVar[str] = ""
+    property: ClassVar[str] = ""
+    kind: ClassVar[str] = ""
+    unit: str = ""
+    target_sigma: float = 1.0
+    initial: int = 24
+    batch: int = 6
+    acquisition: str = "uncertainty"
+    dwell_s: float = 1e-3
+    current_A: float = 100e-12
+    grid: Grid | None = None
+    candidates_m: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 2)))
+    features: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 2)))
+    features_extent: tuple[float, float] = (1.0, 1.0)
+    overview: Overview | None = None
+
+    @property
+    def raster_points(self) -> int:
+        assert self.grid is not None
+        return len(self.grid)
+
+    def prepare(self, site: Site, settings: Settings, watch: Stopwatch) -> None:
+        """Look at the field and lay out the candidates."""
+        raise NotImplementedError
+
+    def instruction(self, positions_m: NDArray[np.float64]) -> Instruction:
+        """How a set of positions (k, 2) [m] is measured."""
+        raise NotImplementedError
+
+    def interpret(self, frames: NDArray[Any], exposure: dict[str, Any], watch: Stopwatch) -> dict[str, Any]:
+        """``value`` and ``sigma`` (lists, None where a frame taught nothing) and whatever else belongs in the journal."""
+        raise NotImplementedError
+
+    def replay(self, result: dict[str, Any]) -> None:
+        """Bring the recipe into the state in which it was after ``result`` had been found."""
+
+    def truth(self, truth: Any) -> NDArray[np.float64] | None:
+        """The property at all candidates by the specimen's truth file, for scoring."""
+        return None
+
+    def paint(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Values at the candidates (n,) as an image (ny, nx)."""
+        assert self.grid is not None
+        return self.grid.paint(values)
+
+    def extras(self) -> dict[str, Any]:
+        """What else belongs in the summary."""
+        return {}
+
+    def _need(self, info: InstrumentInfo) -> None:
+        if self.kind not in info.instructions:
+            raise InputError(
+                f"the recipe {self.name} needs {self.kind}, which {info.name} cannot do; "
+                f"it can do {', '.join(info.instructions)}."
+            )
+
+
+def _points(positions_m: NDArray[np.float64]) -> tuple[tuple[float, float], ...]:
+    return tuple((float(y), float(x)) for y, x in positions_m)
+
+
+def _numbers(values: NDArray[np.float64]) -> list[float | None]:
+    return [float(v) if np.isfinite(v) else None for v in values]
+
+
+@dataclass
+class DiffractionRecipe(Recipe):
+    """What the recipes on CBED patterns share: the overview, the describer and an energy model."""
+
+    kind: ClassVar[str] = "diffraction"
+    #: Pixel of the overview [m] and its dwell [s].
+    overview_pixel_m: ClassVar[float] = 0.036e-9
+    overview_dwell_s: ClassVar[float] = 2e-6
+    #: A pattern this far from the training data (deviations) teaches nothing.
+    novelty_limit: ClassVar[float] = 6.0
+
+    def prepare(self, site: Site, settings: Settings, watch: Stopwatch) -> None:
+        self.info = site.scope.info
+        self._need(self.info)
+        self.beam = self._beam()
+        self.current_A = self.beam.current_A
+        self.material = str(self.info.sample["material"])
+        with watch("start"):
+            self.describer = PatternDescriber()
+            self.model = self._model(settings)
+        self._look(site, watch)
+        site.command(Optics(semiangle_rad=self.beam.semiangle_rad, current_A=self.current_A), "optics-measure")
+        self._lay_out()
+
+    def _beam(self) -> Beam:
+        return beam_for(self.info)
+
+    def _model(self, settings: Settings) -> Any:
+        raise NotImplementedError
+
+    def _lay_out(self) -> None:
+        self.grid = nyquist_grid(self.info, self.beam.semiangle_rad)
+        self.candidates_m = self.features = self.grid.positions_m
+        self.features_extent = self.info.field_m
+
+    def _look(self, site: Site, watch: Stopwatch) -> None:
+        height, width = self.info.field_m
+        shape = round(height / self.overview_pixel_m), round(width / self.overview_pixel_m)
+        site.command(
+            Optics(semiangle_rad=self.beam.imaging_semiangle_rad, current_A=self.current_A), "optics-overview"
+        )
+        asked = Image((0.0, 0.0), (height, width), shape, self.overview_dwell_s)
+        frames, _ = site.expose(asked, "overview", watch)
+        with watch("describe"):
+            image = np.asarray(frames[0], float)
+            pixel_m = height / shape[0]
+            columns = find_columns(image, pixel_m)
+            rotation, _ = orientation(image, self.material)
+            columns_m = (columns.position + 0.5) * pixel_m
+            self.overview = Overview(image, (height, width), columns, columns_m, rotation)
+
+    def instruction(self, positions_m: NDArray[np.float64]) -> Instruction:
+        return Diffraction(_points(positions_m), self.dwell_s)
+
+    def interpret(self, frames: NDArray[Any], exposure: dict[str, Any], watch: Stopwatch) -> dict[str, Any]:
+        assert self.info.camera is not None and self.overview is not None
+        with watch("describe"):
+            found = self.describer(
+                np.asarray(frames, np.float32),
+                self.info.camera,
+                self.info.energy_eV,
+                self.beam.semiangle_rad,
+                exposure["electrons"] / len(frames),
+                self.overview.rotation_rad,
+            )
+        with watch("energies"):
+            energies = self.model(found)
+        trusted = found.novelty < self.novelty_limit
+        return {
+            "value": _numbers(np.where(trusted, energies.value, np.nan)),
+            "sigma": _numbers(np.where(trusted, energies.sigma, np.nan)),
+            "descriptors": {
+                name: getattr(found, name).tolist() for name in ("mean", "sigma", "phase", "site", "novelty")
+            },
+        }
+
+    def replay(self, result: dict[str, Any]) -> None:
+        """The energy surface learns from what it is asked, in order: ask it the same again (its cache answers)."""
+        stored = result["descriptors"]
+        self.model(Descriptors(**{name: np.asarray(values, float) for name, values in stored.items()}))
+
+
+@RECIPES.register("strain-energy")
+@dataclass
+class StrainEnergy(DiffractionRecipe):
+    """Strain energy a unit cell over the field: CBED -> local strain tensor -> strained crystal -> calculator."""
+
+    name: ClassVar[str] = "strain-energy"
+    property: ClassVar[str] = "strain energy"
+    unit: str = "eV/cell"
+    target_sigma: float = 8e-3
+
+    def _model(self, settings: Settings) -> Any:
+        return strain_energy(self.material, calculator=settings.calculator)
+
+    def truth(self, truth: Any) -> NDArray[np.float64] | None:
+        strain = truth.descriptors(self.candidates_m).strain
+        value, _ = self.model.surface.energies(strain)
+        return np.asarray(value)
+
+    def extras(self) -> dict[str, Any]:
+        return {"calculator": self.model.describe()}
+
+
+@RECIPES.register("eels-map")
+@dataclass
+class EelsMap(Recipe):
+    """A map of a background-subtracted core-loss integral over recorded or live spectra."""
+
+    name: ClassVar[str] = "eels-map"
+    property: ClassVar[str] = "edge integral"
+    kind: ClassVar[str] = "spectrum"
+    unit: str = "counts"
+    initial: int = 16
+    batch: int = 4
+    dwell_s: float = 0.1
+
+    def prepare(self, site: Site, settings: Settings, watch: Stopwatch) -> None:
+        info = site.scope.info
+        self._need(info)
+        self.scalarize = SCALARIZERS[settings.scalarizer or "Ti-L23"]
+        self.unit = self.scalarize.unit
+        self.grid = recorded_grid(info) if info.positions_m is not None else nyquist_grid(info, 20e-3)
+        self.candidates_m = self.features = self.grid.positions_m
+        self.features_extent = info.field_m
+
+    def instruction(self, positions_m: NDArray[np.float64]) -> Instruction:
+        return Spectrum(_points(positions_m), self.dwell_s)
+
+    def interpret(self, frames: NDArray[Any], exposure: dict[str, Any], watch: Stopwatch) -> dict[str, Any]:
+        with watch("describe"):
+            value, sigma = self.scalarize(np.asarray(frames, float), exposure["calibration"])
+        return {"value": _numbers(value), "sigma": _numbers(sigma)}
+
+
+def make(name: str) -> Recipe:
+    """A fresh recipe of that name."""
+    return RECIPES[name]()
+
+
+__all__ = ["QUANTITIES", "RECIPES", "Recipe", "make"]
