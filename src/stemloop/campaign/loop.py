@@ -148,6 +148,14 @@ class Experiment:
         )
         return self.belief
 
+    def recall(self) -> None:
+        """Bring back the belief of the last decision, also when that decision was replayed from the journal."""
+        if self.belief is None:
+            ok = self.data.usable
+            index = np.array(self.data.index)[ok]
+            value, sigma = np.array(self.data.value)[ok], np.array(self.data.sigma)[ok]
+            self.belief = gp.recall(self.recipe.features[index], value, sigma, self._hyper)
+
     def predict(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Mean and 1-sigma deviation of the property at all candidates."""
         assert self.belief is not None
