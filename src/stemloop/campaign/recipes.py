@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial import cKDTree
 
 from stemloop.campaign.grid import Grid, nyquist_grid, recorded_grid
 from stemloop.campaign.settings import Settings
@@ -239,6 +240,74 @@ class StrainEnergy(DiffractionRecipe):
 
     def extras(self) -> dict[str, Any]:
         return {"calculator": self.model.describe()}
+
+
+#: Smaller probes, whose discs overlap, for single sites.
+SITE_BEAMS = {
+    "MoS2": Beam(imaging_semiangle_rad=28e-3, semiangle_rad=11e-3),
+    "graphene": Beam(imaging_semiangle_rad=30e-3, semiangle_rad=12.5e-3),
+    "SrTiO3": Beam(imaging_semiangle_rad=22e-3, semiangle_rad=6.5e-3),
+}
+
+
+@RECIPES.register("defect-energy")
+@dataclass
+class DefectEnergy(DiffractionRecipe):
+    """Formation energy of what stands at each atom column: CBED on columns -> site class -> calculator.
+
+    The Gaussian process sees what the overview shows of a column, its brightness and that of its neighbours against
+    the median of its sublattice (in robust deviations), so that a few measured columns teach about all that look
+    alike.
+    """
+
+    name: ClassVar[str] = "defect-energy"
+    property: ClassVar[str] = "formation energy of the site"
+    unit: str = "eV"
+    target_sigma: float = 0.5
+    initial: int = 20
+
+    def _beam(self) -> Beam:
+        beam_for(self.info)
+        return SITE_BEAMS[str(self.info.sample["material"])]
+
+    def _model(self, settings: Settings) -> Any:
+        return defect_energy(self.material, calculator=settings.calculator)
+
+    def _lay_out(self) -> None:
+        assert self.overview is not None
+        self.grid = nyquist_grid(self.info, self.beam.semiangle_rad)
+        height, width = self.info.field_m
+        y, x = self.overview.columns_m.T
+        inside = (y > 0) & (y < height) & (x > 0) & (x < width)
+        if not inside.any():
+            raise InputError("no atom column was found in the overview: raise its dose or check the focus.")
+        self.candidates_m = self.overview.columns_m[inside]
+        self.features = column_features(self.overview.columns, self.overview.columns_m)[inside]
+        span = np.ptp(self.features, axis=0) + 1.0
+        self.features_extent = (float(span[0]), float(span[1]))
+        self._nearest = cKDTree(self.candidates_m).query(self.grid.positions_m)[1]
+
+    def paint(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        assert self.grid is not None
+        return self.grid.paint(np.asarray(values)[self._nearest])
+
+    def truth(self, truth: Any) -> NDArray[np.float64] | None:
+        return np.asarray(self.model(truth.descriptors(self.candidates_m)).value)
+
+
+def column_features(columns: Columns, columns_m: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(n, 2): robust deviation of each column's amplitude from the median of its sublattice, and the mean of the same
+    over its three nearest neighbours; clipped to +-8."""
+    deviation = np.zeros(len(columns))
+    for sublattice in np.unique(columns.sublattice):
+        member = columns.sublattice == sublattice
+        middle = np.median(columns.amplitude[member])
+        spread = 1.4826 * np.median(np.abs(columns.amplitude[member] - middle)) or 1.0
+        deviation[member] = (columns.amplitude[member] - middle) / spread
+    deviation = np.clip(deviation, -8, 8)
+    neighbours = cKDTree(columns_m).query(columns_m, k=min(4, len(columns_m)))[1].reshape(len(columns_m), -1)[:, 1:]
+    around = deviation[neighbours].mean(1) if neighbours.size else np.zeros(len(columns_m))
+    return np.stack([deviation, around], axis=1)
 
 
 @RECIPES.register("eels-map")
