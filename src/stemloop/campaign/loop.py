@@ -22,8 +22,7 @@ from stemloop.campaign.stopwatch import Stopwatch
 from stemloop.core.protocols import Progress
 from stemloop.core.units import electrons
 from stemloop.decide import gp
-from stemloop.decide.acquire import ACQUISITIONS
-from stemloop.decide.initial import initial_design
+from stemloop.decide.acquire import ACQUISITIONS, initial_design
 from stemloop.decide.stop import first_of, max_electrons, max_points, max_seconds, wanted_sigma
 
 #: Acquisitions that choose all points before the first is measured: the baselines.
@@ -154,7 +153,8 @@ class Experiment:
             ok = self.data.usable
             index = np.array(self.data.index)[ok]
             value, sigma = np.array(self.data.value)[ok], np.array(self.data.sigma)[ok]
-            self.belief = gp.recall(self.recipe.features[index], value, sigma, self._hyper)
+            assert self._hyper is not None
+            self.belief = gp.GaussianProcess(self.recipe.features[index], value, sigma, self._hyper)
 
     def predict(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Mean and 1-sigma deviation of the property at all candidates."""
@@ -201,7 +201,7 @@ class Experiment:
             rules.append(max_electrons(self.settings.max_electrons))
         if self.settings.max_seconds is not None:
             rules.append(max_seconds(self.settings.max_seconds))
-        return first_of(rules)
+        return first_of(*rules)
 
     def _exhausted(self) -> str:
         points = len(self.data.index)
@@ -212,7 +212,7 @@ class Experiment:
     def _first(self, fixed: bool, rng: np.random.Generator) -> list[int]:
         if not fixed:
             n = self._affordable(self.settings.initial or self.recipe.initial)
-            return [int(i) for i in initial_design(self.recipe.features, n, rng)] if n else []
+            return [int(i) for i in initial_design(self.recipe.features, n, (0.0, 0.0), rng)] if n else []
         n = self._affordable(self.settings.max_points or len(self.recipe.candidates_m))
         choose = ACQUISITIONS[str(self.settings.acquisition)]
         return [int(i) for i in choose(None, self.recipe.features, n, (0.0, 0.0), rng)] if n else []

@@ -25,7 +25,7 @@ from stemloop.core.structure import QUANTITIES, Columns, Descriptors
 from stemloop.describe.atoms import find_columns
 from stemloop.describe.lattice import orientation
 from stemloop.describe.patterns import PatternDescriber
-from stemloop.energetics.models import defect_energy, strain_energy
+from stemloop.energetics.energies import energy_model
 from stemloop.reduce.spectra import SCALARIZERS
 
 RECIPES: "Registry[type[Recipe]]" = Registry("recipe")
@@ -157,8 +157,8 @@ class DiffractionRecipe(Recipe):
         self.material = str(self.info.sample["material"])
         with watch("start"):
             self.describer = PatternDescriber()
-            self.model = self._model(settings)
         self._look(site, watch)
+        self.model = self._model(settings)
         site.command(Optics(semiangle_rad=self.beam.semiangle_rad, current_A=self.current_A), "optics-measure")
         self._lay_out()
 
@@ -214,6 +214,13 @@ class DiffractionRecipe(Recipe):
             },
         }
 
+    def extras(self) -> dict[str, Any]:
+        return {
+            "calculator": self.model.calculator,
+            "supercell": self.model.repeats,
+            "energetics": {name: round(float(count), 3) for name, count in self.model.counts.items()},
+        }
+
     def replay(self, result: dict[str, Any]) -> None:
         """The energy surface learns from what it is asked, in order: ask it the same again (its cache answers)."""
         stored = result["descriptors"]
@@ -231,16 +238,13 @@ class StrainEnergy(DiffractionRecipe):
     target_sigma: float = 8e-3
 
     def _model(self, settings: Settings) -> Any:
-        return strain_energy(self.material, calculator=settings.calculator)
+        assert self.overview is not None
+        return energy_model(self.material, settings.calculator, rotation_rad=self.overview.rotation_rad)
 
     def truth(self, truth: Any) -> NDArray[np.float64] | None:
         strain = truth.descriptors(self.candidates_m).strain
-        value, _ = self.model.surface.energies(strain)
+        value, _ = self.model.surface.fork().energies(strain)
         return np.asarray(value)
-
-    def extras(self) -> dict[str, Any]:
-        return {"calculator": self.model.describe()}
-
 
 #: Smaller probes, whose discs overlap, for single sites.
 SITE_BEAMS = {
@@ -271,7 +275,7 @@ class DefectEnergy(DiffractionRecipe):
         return SITE_BEAMS[str(self.info.sample["material"])]
 
     def _model(self, settings: Settings) -> Any:
-        return defect_energy(self.material, calculator=settings.calculator)
+        return energy_model(self.material, settings.calculator, quantity="defect_energy")
 
     def _lay_out(self) -> None:
         assert self.overview is not None

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.interpolate import RegularGridInterpolator
 
-from stemloop.core.structure import Descriptors
+from stemloop.core.structure import PHASES, SITES, Descriptors
 
 
 class TruthFile:
@@ -25,9 +25,9 @@ class TruthFile:
         mean = RegularGridInterpolator(axes, self._arrays["mean"], method="cubic")(positions_m)
         nearest = tuple(np.abs(axis[None, :] - positions_m[:, i, None]).argmin(1) for i, axis in enumerate(axes))
         n = len(positions_m)
-        return Descriptors(
-            mean, np.zeros((n, 7)), self._arrays["phase"][nearest], self._arrays["site"][nearest], np.zeros(n)
-        )
+        site = np.eye(len(SITES))[self._arrays["site"][nearest]]
+        phase = np.tile(np.eye(len(PHASES))[PHASES.index(str(self._arrays["name"]))], (n, 1))
+        return Descriptors(mean, np.zeros((n, 7)), phase, site, np.zeros(n))
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,15 @@ from stemloop.campaign.journal import Journal
 from stemloop.campaign.settings import Settings
 from stemloop.campaign.stopwatch import Stopwatch
 from stemloop.core import instruction as instructions
-from stemloop.core.errors import InputError, InstrumentError, StemloopError, StorageError, from_code
+from stemloop.core.errors import (
+    InputError,
+    InstrumentError,
+    LeaseError,
+    NotAuthorised,
+    StemloopError,
+    StorageError,
+    from_code,
+)
 from stemloop.core.instruction import Instruction
 from stemloop.core.protocols import Exposure
 from stemloop.instrument.client import Client, connect
@@ -38,6 +46,9 @@ from stemloop.stream.landing import LandingLog
 
 #: How long an instrument's process waits for somebody before it blanks the beam and ends.
 IDLE_EXIT_S = 60.0
+#: How long the lease outlives a loop that was killed.
+LEASE_TTL_S = 3.0
+ANY_PORT = "tcp://127.0.0.1:*"
 START_LIMIT_S = 180.0
 
 
@@ -92,35 +103,37 @@ class Site:
     def _receive(self) -> Receiver:
         """Listen for frames at the address of the last time, which the instrument's process still knows."""
         place = self.directory / "stream.json"
-        address = json.loads(place.read_text())["address"] if place.exists() else None
+        known = json.loads(place.read_text())["address"] if place.exists() else ANY_PORT
         try:
-            receiver = Receiver(self.log, run=self.run_id, address=address)
-        except InstrumentError:
+            receiver = Receiver(known, self.log, self.run_id)
+        except InputError:
             self._stop_host()
-            receiver = Receiver(self.log, run=self.run_id)
+            receiver = Receiver(ANY_PORT, self.log, self.run_id)
         write_json(place, {"address": receiver.address})
         return receiver
 
     def _connect(self) -> Client:
-        with contextlib.suppress(StemloopError, OSError, ValueError):
-            return self._client(patience_s=0.0)
-        self._start_host()
+        """Reach the instrument that still runs, or start it; wait until the lease of an earlier life has ended."""
+        if not (self._folder / "address.json").exists():
+            self._start_host()
         deadline = time.monotonic() + START_LIMIT_S
-        while time.monotonic() < deadline:
-            with contextlib.suppress(FileNotFoundError):
-                return self._client(patience_s=5.0)
-            self._raise_if_host_failed()
+        while True:
+            try:
+                return connect(self._folder, lease=True, ttl_s=LEASE_TTL_S, patience_s=0.0)
+            except LeaseError:
+                if self._host is not None or time.monotonic() > deadline:
+                    raise
+            except (InstrumentError, NotAuthorised):
+                self._raise_if_host_failed()
+                if self._host is None:
+                    self._start_host()
+                if time.monotonic() > deadline:
+                    raise
             time.sleep(0.02)
-        raise InstrumentError(f"the instrument did not start in {START_LIMIT_S:.0f} s; see {self._folder / 'log.txt'}.")
 
     @property
     def _folder(self) -> Path:
         return self.directory / "instrument"
-
-    def _client(self, patience_s: float) -> Client:
-        address = json.loads((self._folder / "address.json").read_text())
-        tokens = json.loads((self._folder / "tokens.json").read_text())
-        return connect(f"ws://{address['host']}:{address['port']}", token=tokens["agent"], patience_s=patience_s)
 
     def _start_host(self) -> None:
         for name in ("address.json", "failed.json"):
