@@ -19,7 +19,6 @@ version = release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
-suppress_warnings = ["toc.empty_glob"]
 source_suffix = {".md": "markdown"}
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
@@ -48,9 +47,9 @@ def _as_restructured_text(app: Any, what: str, name: str, item: Any, options: An
     """Docstrings are prose: |e| is a modulus, and a line ``name : text`` begins an entry of a list."""
     out: list[str] = []
     entry = section = False
-    for i, line in enumerate(lines):
+    for i, raw in enumerate(lines):
         section = section or lines[i + 1 : i + 2] in (["----------"], ["-------"], ["------"], ["-----"])
-        parts = re.split(r"(``.*?``)", line)
+        parts = re.split(r"(``.*?``)", raw)
         line = "".join(p if p.startswith("``") else re.sub(r"(?<!\\)\|", r"\\|", p) for p in parts)
         begins = None if section else re.match(r"([A-Za-z_][\w, ]*) : (.*)", line)
         if begins:

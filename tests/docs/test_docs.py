@@ -27,7 +27,8 @@ PAGES = {
     if "_build" not in path.parts
 }
 FENCE = re.compile(
-    r"^(?:<!-- (?P<mark>not run|slow): (?P<reason>[^\n]+?) -->\n+)?```(?P<kind>python|pycon|console)\n(?P<code>.*?)^```$",
+    r"^(?:<!-- (?P<mark>not run|slow): (?P<reason>[^\n]+?) -->\n+)?"
+    r"```(?P<kind>python|pycon|console)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 
