@@ -163,9 +163,7 @@ class Guard:
         exposure = self._expose(command, asked) if asked.exposes else self._act(command, asked)
         return self._reply(command, exposure)
 
-    def _repeat(
-        self, command: Command, asked: Instruction, first: dict[str, Any]
-    ) -> tuple[dict[str, Any], str | None]:
+    def _repeat(self, command: Command, asked: Instruction, first: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
         if first["instruction"] != wire.instruction_to_message(asked):
             raise InputError(
                 f"the command id {command.command_id!r} was used for another instruction "
@@ -216,7 +214,8 @@ class Guard:
             self._spool.result(name, message, settled, **outcome)
         except StemloopError as error:
             unknown = OutcomeUnknown(
-                f"the exposure {name!r} was made and could not be kept: {error} It counts as exposed and is not repeated."
+                f"the exposure {name!r} was made and could not be kept: {error} "
+                "It counts as exposed and is not repeated."
             )
             self._spool.lost(name, message, settled, unknown)
             raise unknown from error

@@ -66,7 +66,9 @@ class Tokens:
             if role not in ROLES:
                 raise InputError(f"token {name!r}: the role must be one of {', '.join(ROLES)}.")
             if not isinstance(token, str) or len(token) < MIN_TOKEN_LENGTH:
-                raise InputError(f"the token of {name!r} is shorter than {MIN_TOKEN_LENGTH} characters; make it longer.")
+                raise InputError(
+                    f"the token of {name!r} is shorter than {MIN_TOKEN_LENGTH} characters; make it longer."
+                )
             self._identities[self._hash(token)] = Identity(name, role)
         if len(self._identities) != len(tokens):
             raise InputError("two names share one token; give each its own.")
@@ -157,9 +159,7 @@ class LeaseDesk:
         self._lease = None
         self.unattended = True
 
-    def acquire(
-        self, who: Identity, ttl_s: float = 10.0, takeover: bool = False, expected: int | None = None
-    ) -> Lease:
+    def acquire(self, who: Identity, ttl_s: float = 10.0, takeover: bool = False, expected: int | None = None) -> Lease:
         """Give the lease to ``who``.
 
         ``takeover`` takes a live lease from a lower role. With ``expected`` the lease is given only if that is still
@@ -324,7 +324,7 @@ class Limits:
     stage: Mapping[str, Range] = field(default_factory=lambda: dict(_STAGE))
     electrons_per_point: float = 1e9
     electrons_per_image: float = 1e12
-    frame_bytes_max: float = 512 * 2**20
+    frame_bytes_max: float = 2.0**29
     unblank: bool = False
     version: int = 1
 
@@ -370,14 +370,16 @@ class Limits:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dictionary, which :meth:`from_dict` takes back."""
+
+        def listed(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return [float(number) for number in value]
+            return value if isinstance(value, bool) else float(value)
+
         values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
-        return {
-            **values,
-            "field_m": list(self.field_m),
-            "semiangle_rad": list(self.semiangle_rad),
-            "C10_m": list(self.C10_m),
-            "stage": {axis: list(ends) for axis, ends in self.stage.items()},
-        }
+        stage = {axis: listed(ends) for axis, ends in values.pop("stage").items()}
+        version = values.pop("version")
+        return {**{name: listed(value) for name, value in values.items()}, "stage": stage, "version": version}
 
     @cached_property
     def content_hash(self) -> str:
@@ -477,7 +479,7 @@ class DoseLedger:
     """Counts electrons: reserved before an exposure, settled after it. Whole electrons, so that sums are exact.
 
     Each amount is rounded up to a whole electron. ``spent + reserved <= budget`` holds after every reservation; an
-    instrument that gives more than was reserved is charged what it gave.
+    instrument that gives more than was reserved is charged what it gave. ``spent`` and ``reserved`` are their sums.
 
     >>> ledger = DoseLedger(budget=1000)
     >>> ledger.reserve("a", 600.0)
@@ -493,12 +495,8 @@ class DoseLedger:
             raise InputError(f"the dose budget must be a number of electrons, zero or more; got {budget!r}.")
         self.budget = None if budget is None else math.floor(budget)
         self.spent = spent
+        self.reserved = 0
         self._reserved: dict[str, int] = {}
-
-    @property
-    def reserved(self) -> int:
-        """Electrons that are promised to exposures that have not ended."""
-        return sum(self._reserved.values())
 
     def reserve(self, command_id: str, electrons: float) -> int:
         """Promise ``electrons`` to ``command_id``, or raise ``DoseError``; returns the whole electrons reserved."""
@@ -512,12 +510,15 @@ class DoseLedger:
                 "Ask for fewer positions or a shorter dwell, or start the server with a larger budget."
             )
         self._reserved[command_id] = amount
+        self.reserved += amount
         return amount
 
     def settle(self, command_id: str, electrons: float | None = None) -> int:
         """Charge what was given, or all that was reserved if nobody knows; returns the whole electrons charged."""
-        reserved = self._reserved.pop(command_id)
+        reserved = self._reserved[command_id]
         amount = reserved if electrons is None else self._whole(electrons)
+        del self._reserved[command_id]
+        self.reserved -= reserved
         self.spent += amount
         return amount
 

@@ -18,6 +18,7 @@ import json
 import os
 import struct
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -333,6 +334,7 @@ class Audit:
         self._path = path
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
+            self._lock = threading.Lock()
             last, end = self._last_line()
             os.ftruncate(self._descriptor, end)
             os.lseek(self._descriptor, 0, os.SEEK_END)
@@ -354,12 +356,13 @@ class Audit:
 
     def write(self, **entry: Any) -> None:
         """Append one entry. A ``StorageError`` if the disk refuses."""
-        line = json.dumps({"utc": time.time(), **wire.plain(entry), "previous": self._last}, default=str).encode()
-        try:
-            _write_all(self._descriptor, line + b"\n")
-        except OSError as error:
-            raise StorageError(f"cannot write {self._path}: {error.strerror}. Make room on the disk.") from None
-        self._last = hashlib.sha256(line).hexdigest()
+        with self._lock:
+            line = json.dumps({"utc": time.time(), **wire.plain(entry), "previous": self._last}, default=str).encode()
+            try:
+                _write_all(self._descriptor, line + b"\n")
+            except OSError as error:
+                raise StorageError(f"cannot write {self._path}: {error.strerror}. Make room on the disk.") from None
+            self._last = hashlib.sha256(line).hexdigest()
 
     def close(self) -> None:
         """Make everything durable and close the file."""
@@ -386,7 +389,7 @@ def verify_audit(path: str | Path) -> int:
 
 
 class DirectoryLock:
-    """Holds a directory for one process: a second server on it is refused. Freed by the system when the process ends."""
+    """Holds a directory for one process: a second server on it is refused. The system frees it with the process."""
 
     def __init__(self, directory: Path) -> None:
         self._descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
