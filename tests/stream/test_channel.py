@@ -6,7 +6,8 @@ import threading
 import numpy as np
 import pytest
 import zmq
-from test_landing import batch, frames, small_disk  # noqa: F401
+from known_frames import batch, frames
+from test_landing import small_disk  # noqa: F401
 
 from stemloop.core.errors import InputError, InstrumentError, StorageError
 from stemloop.core.protocols import Batch

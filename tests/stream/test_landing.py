@@ -9,21 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from known_frames import batch, frames
 
 from stemloop.core.errors import InputError, IntegrityError, StorageError
 from stemloop.core.protocols import Batch
 from stemloop.stream import landing
 from stemloop.stream.landing import LandingLog
-
-
-def frames(first, n, shape=(6, 5)):
-    """Frame k can be told from every other: its numbers are k * 31 + 0, 1, 2 ..."""
-    pixels = np.arange(np.prod(shape)).reshape(shape)
-    return (np.arange(first, first + n).reshape(-1, *[1] * len(shape)) * 31 + pixels).astype(np.uint32)
-
-
-def batch(first, n, stream="cbed"):
-    return Batch(stream, first, frames(first, n), {"first": first})
 
 
 def write(path, groups=((0, 3), (3, 1), (4, 4)), close=True):
@@ -165,8 +156,7 @@ def test_every_cut_is_found_and_mended(tmp_path):
 WRITER = """
 import sys
 sys.path[:0] = [{src!r}, {here!r}]
-import numpy as np
-from test_landing import batch
+from known_frames import batch
 from stemloop.stream.landing import LandingLog
 log = LandingLog({path!r}, "run")
 first = log.index.get("cbed", [(0, 0)])[-1][1]
@@ -216,7 +206,7 @@ def test_a_write_that_fails_leaves_the_log_as_it_was(tmp_path, monkeypatch):
         return real(handle, [bytes(buffers[0])[:30]], offset)
 
     monkeypatch.setattr(landing.os, "pwritev", full)
-    with pytest.raises(StorageError, match="No space left.*Free some space"):
+    with pytest.raises(StorageError, match=r"No space left.*Free some space"):
         log.append_many([batch(2, 2), batch(4, 1)])
     assert (tmp_path / "log").stat().st_size == size
     assert log.index == {"cbed": [(0, 2)]}
@@ -237,7 +227,9 @@ def small_disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     try:
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], capture_output=True)
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], capture_output=True, check=False
+        )
     except FileNotFoundError:
         pytest.skip("there is no mount command")
     if mounted.returncode:

@@ -64,7 +64,7 @@ def test_a_header_with_a_good_crc_and_odd_fields_is_an_input_error(change):
     body = msgpack.packb(wrong)
     lead = packet._LEAD.pack(packet.MAGIC, packet.crc32c(body)) + body
     try:
-        run, batch = packet.decode(lead, payload)
+        _, batch = packet.decode(lead, payload)
     except InputError:
         return
     assert batch.frames.nbytes == len(payload)  # what is let through holds what came

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,4 +22,4 @@ def test_spans_are_a_set_of_numbers(added, asked):
     first, n = asked
     assert spans.covers(first, first + n) == (set(range(first, first + n)) <= numbers)
     listed = list(spans)
-    assert all(b < c for (_, b), (c, _) in zip(listed, listed[1:], strict=False))  # disjoint and not touching
+    assert all(b < c for (_, b), (c, _) in pairwise(listed))  # disjoint and not touching
