@@ -77,8 +77,7 @@ def test_a_batch_of_uncertainty_is_that_of_choosing_one_by_one():
 
 def test_uncertainty_reaches_a_largest_deviation_with_fewer_points_than_chance_and_than_a_grid():
     first = initial_design(CANDIDATES, 8, (0.0, 0.0), np.random.default_rng(0))
-    zeros = lambda n: (np.zeros(n), np.full(n, 0.05))
-    start = GaussianProcess(CANDIDATES[first], *zeros(8), H)
+    start = GaussianProcess(CANDIDATES[first], np.zeros(8), np.full(8, 0.05), H)
     worst = {}
     for name in ("uncertainty", "random", "grid"):
         chosen = ACQUISITIONS[name](start, CANDIDATES, 32, (0.0, 0.0), np.random.default_rng(1))
@@ -106,7 +105,10 @@ def test_expected_improvement_never_falls_with_mean_or_deviation():
 
 def test_expected_improvement_finds_the_summit():
     summit = np.array([6.1e-9, 6.1e-9])
-    height = lambda p: np.exp(-np.square(p - summit).sum(axis=1) / (2 * (1.5e-9) ** 2))
+
+    def height(p):
+        return np.exp(-np.square(p - summit).sum(axis=1) / (2 * (1.5e-9) ** 2))
+
     rng = np.random.default_rng(0)
     positions = CANDIDATES[initial_design(CANDIDATES, 10, (0.0, 0.0), rng)]
     for _ in range(4):

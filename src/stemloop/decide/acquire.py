@@ -178,8 +178,8 @@ def _greedy(fantasies: Fantasies, n: int, score: Callable[[Array], Array]) -> In
 def uncertainty(belief: Any, candidates: Array, n: int, start: Position, rng: np.random.Generator) -> Indices:
     """The places where least is known, each after the ones before it are imagined as measured.
 
-    It brings down the largest deviation over the field, which the stop rule looks at, with fewer points than rules
-    that bring down the mean variance or a power of it, and the mean variance falls as fast (``benchmarks/coverage.py``).
+    It brings down the largest deviation over the field, which the stop rule looks at, corners and edges included, with
+    fewer points than greedy drops of the mean variance or of a power of it, and the mean variance falls as fast.
     A. Krause, A. Singh and C. Guestrin, JMLR 9 (2008) 235 (greedy choice by entropy).
     """
     n = _asked(candidates, n)
@@ -192,8 +192,7 @@ def expected_improvement_of(mean: Array, sigma: Array, best: float) -> Array:
     D. R. Jones, M. Schonlau and W. J. Welch, J. Global Optim. 13 (1998) 455, doi:10.1023/A:1008306431147.
     """
     gain = np.asarray(mean) - best
-    safe = np.maximum(sigma, 1e-300)
-    z = gain / safe
+    z = np.clip(gain / np.maximum(sigma, 1e-300), -1e3, 1e3)
     improvement = gain * ndtr(z) + sigma * np.exp(-0.5 * np.square(z)) / math.sqrt(2 * math.pi)
     return np.where(sigma > 0, np.maximum(improvement, 0.0), np.maximum(gain, 0.0))
 

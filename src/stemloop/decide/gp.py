@@ -95,7 +95,7 @@ class Hyperparameters:
 
 
 def _points(positions: ArrayLike, name: str = "positions") -> Array:
-    points = np.ascontiguousarray(positions, dtype=np.float64)
+    points = np.array(positions, dtype=np.float64, order="C")
     if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
         raise InputError(f"{name} must be finite pairs (y, x) [m] of shape (n, 2); got shape {points.shape}.")
     return points
@@ -103,8 +103,8 @@ def _points(positions: ArrayLike, name: str = "positions") -> Array:
 
 def _data(positions: ArrayLike, values: ArrayLike, sigmas: ArrayLike) -> tuple[Array, Array, Array]:
     points = _points(positions)
-    y = np.ascontiguousarray(values, dtype=np.float64)
-    s = np.ascontiguousarray(sigmas, dtype=np.float64)
+    y = np.array(values, dtype=np.float64)
+    s = np.array(sigmas, dtype=np.float64)
     if len(points) == 0:
         raise InputError("no measurement was given: a Gaussian process needs at least one.")
     if y.shape != (len(points),) or s.shape != (len(points),):
@@ -309,17 +309,20 @@ class _Objective:
         if info != 0:
             return 1e10 + float(away @ away), 2 * away / self.width
         logdet = 2.0 * np.log(factor.diagonal()).sum()
+        # the lower triangle of K^-1 over zeros; its transpose lies in memory as k does
         precision = lapack.dpotri(factor, lower=1, overwrite_c=1)[0]
-        precision = np.tril(precision) + np.tril(precision, -1).T
-        a = precision @ self.y
-        inner = np.outer(a, a) - precision
-        weighted = inner * slope
+        a = blas.dsymv(1.0, precision, self.y, lower=1)
+        traced = np.trace(precision)
+
+        def half_trace(m: Array, diagonal: float) -> float:
+            return float(0.5 * (a @ (m @ a) - 2.0 * np.vdot(precision.T, m) + diagonal * traced))
+
         gradient = np.empty_like(u)
         for j, (square, scale) in enumerate(zip(self.squares, scales, strict=True)):
-            gradient[j] = -0.5 * amplitude2 * scale * np.vdot(weighted, square)
-        trace = np.trace(inner)
-        gradient[-2] = amplitude2 * (np.vdot(inner, k) + JITTER * trace)
-        gradient[-1] = noise2 * trace
+            gradient[j] = -amplitude2 * scale * half_trace(slope * square, 0.0)
+        noise = a @ a - traced
+        gradient[-2] = amplitude2 * (2.0 * half_trace(k, 1.0) + JITTER * noise)
+        gradient[-1] = noise2 * noise
         value = 0.5 * (self.y @ a + logdet + n * math.log(2 * math.pi) + away @ away)
         return float(value), away / self.width - gradient
 
@@ -371,8 +374,9 @@ def fit(
     field = max(field_m)
     if not (math.isfinite(field) and min(field_m) > 0):
         raise InputError(f"field_m must be two finite lengths above zero [m]; got {field_m!r}.")
-    centre, spread = float(y.mean()), float(y.std())
-    spread = max(spread, float(s.mean()), 1e-12 * abs(centre)) or 1.0
+    centre, spread = float(y.mean()), max(float(y.std()), float(s.mean()))
+    if spread <= 1e-12 * abs(centre):
+        spread = abs(centre) or 1.0
     objective = _Objective(
         points, (y - centre) / spread, s / spread, kernel=kernel, anisotropic=anisotropic, prior=prior, field_m=field
     )
@@ -389,6 +393,7 @@ def fit(
         bounds=objective.bounds,
         options={"maxiter": iterations, "ftol": 1e-6, "gtol": 1e-3},
     ).x
+
     def process(u: Array) -> GaussianProcess:
         *lengths, amplitude, noise = (float(v) for v in np.exp(u))
         lengths_m = (field * lengths[0], field * lengths[-1])

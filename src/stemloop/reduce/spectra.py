@@ -131,9 +131,9 @@ class EdgeIntegral:
 
         sigma^2 = dispersion * (gross + var(background))
 
-    (Egerton 4.4.4), so the doubt of the extrapolated background is part of it. ``dispersion`` is 1 where the calibration
-    says ``counting: True`` (each count is one electron); else it is found by :func:`dispersion` from all spectra of
-    the call together.
+    (Egerton 4.4.4), so the doubt of the extrapolated background is part of it. ``dispersion`` is 1 where the
+    calibration says ``counting: True`` (each count is one electron); else it is found by :func:`dispersion` from all
+    spectra of the call together.
     """
 
     edge_eV: float
