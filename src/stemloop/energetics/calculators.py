@@ -72,7 +72,7 @@ def _chgnet() -> Any:
     from chgnet.model.dynamics import CHGNetCalculator
 
     torch.set_num_threads(1)
-    return CHGNetCalculator(use_device="cpu", stress_weight=1 / 160.21766208)
+    return CHGNetCalculator(use_device="cpu")
 
 
 def _emt() -> Any:
@@ -188,8 +188,8 @@ def calculate(task: Task) -> Result:
     started, reason = time.process_time(), ""
     for rung, make in enumerate(engine.ladder):
         atoms = task.atoms
-        atoms.calc = make()
         try:
+            atoms.calc = make()
             if task.relax_steps:
                 BFGS(atoms, logfile=None).run(fmax=task.fmax, steps=task.relax_steps)
             energy, forces = float(atoms.get_potential_energy()), atoms.get_forces()

@@ -142,7 +142,9 @@ class DefectEnergy:
     ``PROBABILITY_FLOOR`` away from 0 and 1. ``E_f = E(defective) - E(perfect) + mu(taken) - mu(put)``, all from the
     same calculator: neutral cells, no spin, relaxed for at most ``DEFECT_STEPS`` steps in the perfect cell's lattice;
     chemical potentials from :func:`~stemloop.energetics.models.reference_task`, and for a material of one element
-    from the material itself. The calculator's own error (a few tenths of an eV for GFN1-xTB) is not in sigma.
+    from the material itself. The calculator's own error is not in sigma. For GFN1-xTB it is large where sulphur is
+    weighed (it binds the S8 ring by 4.5 eV an atom): a sulphur vacancy in MoS2 costs 0.4 eV where PBE says 2.7 eV, so
+    take ``calculator="CHGNet"`` (the extra ``ml``) for that; a vacancy in graphene, 7.8 eV, is as in PBE (7.3 to 8.2).
     """
 
     unit = "eV"

@@ -61,22 +61,28 @@ class _Worker:
     def ask(self, index: int, task: Task, timeout_s: float) -> None:
         assert self.process.stdin is not None
         self.task, self.deadline = index, time.monotonic() + timeout_s
-        self.process.stdin.write(json.dumps(asdict(task)).encode() + b"\n")
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write(json.dumps(asdict(task)).encode() + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise self._ended() from None
 
     def answer(self) -> Result:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise CalculationError(
-                f"a calculation's process ended with status {self.process.wait()} (often: out of memory). "
-                "Use a smaller supercell or fewer workers."
-            )
+            raise self._ended()
         answer = json.loads(line)
         if "result" not in answer:
             raise from_code(answer["code"], answer["message"])
         self.task = None
         return Result.from_dict(answer["result"])
+
+    def _ended(self) -> CalculationError:
+        return CalculationError(
+            f"a calculation's process ended with status {self.process.wait()} (often: out of memory). "
+            "Use a smaller supercell or fewer workers."
+        )
 
     def kill(self) -> None:
         self.process.kill()
