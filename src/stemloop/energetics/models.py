@@ -248,6 +248,4 @@ def reference_task(element: str, calculator: str) -> Task:
         return Task.of(ring, calculator, relax_steps=60, fmax=0.02)
     if element == "Si":
         return Task.of(bulk("Si", "diamond", a=5.431, cubic=True).repeat(2), calculator)
-    raise InputError(
-        f"no reference for the chemical potential of {element}; known: S, Se, Si (and the element of a material of one element)."
-    )
+    raise InputError(f"no reference for the chemical potential of {element}; known: S, Se, Si.")
