@@ -27,11 +27,9 @@ from stemloop.simulate.specimens import MARGIN_A, Sample
 
 #: Inner and outer angle of the ring detector [rad].
 RING_RAD = (0.060, 0.140)
-_WINDOW_A = 12.0
-_RADII_A = np.concatenate([np.arange(0, 2.0, 0.1), np.arange(2.0, 5.6, 0.3)])
 #: Which element shares a column with another (O in the Ti columns of SrTiO3).
 _COMPANION = {"Ti": "O"}
-_CONFIGURATIONS = 4
+_CONFIGURATIONS = 3
 
 
 def ring_signal(spectrum: NDArray[np.complex64], sampling_A: float, energy_eV: float) -> float:
@@ -42,32 +40,44 @@ def ring_signal(spectrum: NDArray[np.complex64], sampling_A: float, energy_eV: f
     return float(np.sum(np.abs(spectrum[on_ring]) ** 2, dtype=np.float64))
 
 
-def fine_sampling_A(energy_eV: float, window_A: float = _WINDOW_A) -> float:
+def fine_sampling_A(energy_eV: float, window_A: float) -> float:
     """Sampling [A] whose band limit (2/3 Nyquist) holds the ring's outer angle, a whole fraction of the window."""
     k_outer = RING_RAD[1] / (wavelength_m(energy_eV) / ANGSTROM_M)
     return window_A / float(scipy.fft.next_fast_len(math.ceil(window_A * 3.1 * k_outer)))
+
+
+def _reach_A(semiangle_rad: float, C10_m: float) -> float:
+    """Radius [A] beyond which a column is not felt: the tails of the focused probe and twice its defocused disc."""
+    return math.ceil(4.0 + 2 * abs(C10_m) / ANGSTROM_M * semiangle_rad)
+
+
+def _radii_A(reach_A: float) -> Array:
+    return np.concatenate([np.arange(0, 1.8, 0.15), np.arange(1.8, reach_A, 0.3)])
 
 
 @functools.lru_cache(maxsize=32)
 def _column_response(
     crystal: Crystal, elements: tuple[str, ...], layers: int, energy_eV: float, semiangle_rad: float, C10_m: float
 ) -> Array:
-    """Signal (fraction of the beam) of an isolated column at the radii ``_RADII_A``."""
+    """Signal (fraction of the beam) of an isolated column at the radii :func:`_radii_A`."""
     heights = {element: z for element, _, _, z in crystal.basis}
     symbols = [element for element in elements for _ in range(layers)]
     z = np.concatenate(
         [heights.get(e, crystal.slice_A / 2) + crystal.repeat_A * np.arange(layers) for e in elements]
     )
-    middle = _WINDOW_A / 2
+    reach = _reach_A(semiangle_rad, C10_m)
+    window = 2 * reach
+    middle = reach
     positions = np.column_stack([np.full(len(z), middle), np.full(len(z), middle), z])
-    column = Atoms(symbols, positions=positions, cell=[_WINDOW_A, _WINDOW_A, layers * crystal.repeat_A])
-    sampling_A = fine_sampling_A(energy_eV)
+    column = Atoms(symbols, positions=positions, cell=[window, window, layers * crystal.repeat_A])
+    sampling_A = fine_sampling_A(energy_eV, window)
     phonons = (_CONFIGURATIONS, 0) if layers > 1 else None
     scattering = Scattering(
-        column, energy_eV, phonons, sampling_A=sampling_A, window_A=_WINDOW_A, slice_A=crystal.slice_A
+        column, energy_eV, phonons, sampling_A=sampling_A, window_A=window, slice_A=crystal.slice_A
     )
-    signal = np.zeros(len(_RADII_A))
-    for i, radius in enumerate(_RADII_A):
+    radii = _radii_A(reach)
+    signal = np.zeros(len(radii))
+    for i, radius in enumerate(radii):
         for number in range(scattering.configurations):
             angle = np.pi / 4 + 2 * np.pi * number / scattering.configurations
             point = middle + radius * np.array([np.sin(angle), np.cos(angle)])
@@ -112,11 +122,12 @@ class Haadf:
         k = np.hypot(f_y[:, None], f_x[None, : shape[1] // 2 + 1])
         finest = 2 * semiangle_rad / (wavelength_m(energy_eV) / ANGSTROM_M)
         source = 2 * (np.pi * _FWHM_TO_SIGMA * source_fwhm_m / ANGSTROM_M) ** 2
+        radii = _radii_A(_reach_A(semiangle_rad, C10_m))
         splat = np.sinc(f_y * sampling_A)[:, None] ** 2 * np.sinc(f_x[: shape[1] // 2 + 1] * sampling_A) ** 2
         spectrum = np.zeros(k.shape, np.complex128)
         for element in sorted(set(atoms.symbols)):
             share = _share(crystal, element, layers, energy_eV, semiangle_rad, C10_m)
-            table_k, table = _hankel(_RADII_A, share, finest)
+            table_k, table = _hankel(radii, share, finest)
             # a single layer's response is that of atoms at rest: its vibration is a blur of the image
             blur = 0.0 if layers > 1 else 2 * (np.pi * crystal.vibration_A[element]) ** 2
             transfer = np.interp(k, table_k, table, right=0.0) * np.exp(-(source + blur) * k**2)

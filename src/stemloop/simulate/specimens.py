@@ -90,6 +90,10 @@ class Sample:
         phase = np.tile(np.eye(len(PHASES))[PHASES.index(self.material)], (len(points), 1))
         return Descriptors(mean, np.zeros_like(mean), phase, np.eye(len(SITES))[site], np.zeros(len(points)))
 
+    def position_m(self, indices: NDArray[np.int64]) -> Array:
+        """Positions (n, 2) (y, x) [m] of the atoms at ``indices``, from the field's corner."""
+        return np.asarray((self.atoms.positions[indices, 1::-1] - MARGIN_A) * ANGSTROM_M)
+
     def without(self, indices: NDArray[np.int64]) -> Sample:
         """The sample after the atoms at ``indices`` of ``atoms`` were knocked out."""
         gone = [_defect("vacancy", self.atoms.symbols[i], self.atoms.positions[i]) for i in indices]
