@@ -22,7 +22,7 @@ from scipy.special import j0
 from stemloop.core.units import ANGSTROM_M, wavelength_m
 from stemloop.simulate.crystals import Crystal
 from stemloop.simulate.elasticity import Array
-from stemloop.simulate.imaging import _FWHM_TO_SIGMA, Scattering
+from stemloop.simulate.imaging import FWHM_TO_SIGMA, Scattering
 from stemloop.simulate.specimens import MARGIN_A, Sample
 
 #: Inner and outer angle of the ring detector [rad].
@@ -62,9 +62,7 @@ def _column_response(
     """Signal (fraction of the beam) of an isolated column at the radii :func:`_radii_A`."""
     heights = {element: z for element, _, _, z in crystal.basis}
     symbols = [element for element in elements for _ in range(layers)]
-    z = np.concatenate(
-        [heights.get(e, crystal.slice_A / 2) + crystal.repeat_A * np.arange(layers) for e in elements]
-    )
+    z = np.concatenate([heights.get(e, crystal.slice_A / 2) + crystal.repeat_A * np.arange(layers) for e in elements])
     reach = _reach_A(semiangle_rad, C10_m)
     window = 2 * reach
     middle = reach
@@ -72,9 +70,7 @@ def _column_response(
     column = Atoms(symbols, positions=positions, cell=[window, window, layers * crystal.repeat_A])
     sampling_A = fine_sampling_A(energy_eV, window)
     phonons = (_CONFIGURATIONS, 0) if layers > 1 else None
-    scattering = Scattering(
-        column, energy_eV, phonons, sampling_A=sampling_A, window_A=window, slice_A=crystal.slice_A
-    )
+    scattering = Scattering(column, energy_eV, phonons, sampling_A=sampling_A, window_A=window, slice_A=crystal.slice_A)
     radii = _radii_A(reach)
     signal = np.zeros(len(radii))
     for i, radius in enumerate(radii):
@@ -121,7 +117,7 @@ class Haadf:
         f_y, f_x = (np.fft.fftfreq(n, sampling_A) for n in shape)
         k = np.hypot(f_y[:, None], f_x[None, : shape[1] // 2 + 1])
         finest = 2 * semiangle_rad / (wavelength_m(energy_eV) / ANGSTROM_M)
-        source = 2 * (np.pi * _FWHM_TO_SIGMA * source_fwhm_m / ANGSTROM_M) ** 2
+        source = 2 * (np.pi * FWHM_TO_SIGMA * source_fwhm_m / ANGSTROM_M) ** 2
         radii = _radii_A(_reach_A(semiangle_rad, C10_m))
         splat = np.sinc(f_y * sampling_A)[:, None] ** 2 * np.sinc(f_x[: shape[1] // 2 + 1] * sampling_A) ** 2
         spectrum = np.zeros(k.shape, np.complex128)
@@ -147,7 +143,7 @@ class Haadf:
 def _hankel(radius: Array, profile: Array, finest: float) -> tuple[Array, Array]:
     """Two-dimensional Fourier transform of a radial profile at frequencies up to ``finest`` [1/A]."""
     fine = np.linspace(0.0, radius[-1], 600)
-    smooth = scipy.interpolate.CubicSpline(radius, profile - profile[-1], bc_type=((1, 0.0), "not-a-knot"))(fine)
+    smooth = scipy.interpolate.CubicSpline(radius, profile - profile[-1], bc_type="clamped")(fine)
     k = np.linspace(0.0, finest, 200)
     return k, np.trapezoid(2 * np.pi * fine * smooth * j0(2 * np.pi * k[:, None] * fine), fine, axis=1)
 

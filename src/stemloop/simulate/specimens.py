@@ -46,8 +46,9 @@ class Sample:
 
     atoms : :class:`ase.Atoms` [A] over field and margin, (x, y) = (MARGIN_A, MARGIN_A) is the field's top-left corner.
     defects : dictionaries with ``kind`` (``vacancy`` or ``dopant``), ``element`` (that left, or that came) and
-        ``position_m`` (y, x) from the field's corner; some lie in the margin. displacement : the field that strained the reference lattice. tilt_rad : specimen tilt
-        (n, 2) as (y, x) at points of the reference lattice: the zone axis leans towards +y, +x.
+        ``position_m`` (y, x) from the field's corner; some lie in the margin.
+    displacement : the field that strained the reference lattice.
+    tilt_rad : specimen tilt (n, 2) as (y, x) at points of the reference lattice: the zone axis leans towards +y, +x.
     """
 
     name: str
@@ -214,7 +215,9 @@ def _defect_sites(
     chosen = []
     for sites in (dopants, vacancies):
         if isinstance(sites, int):
-            picked = rng.choice(free, sites, replace=False)
+            shuffled = rng.permutation(free)  # one atom a column
+            _, first = np.unique(plane[shuffled].round(3), axis=0, return_index=True)
+            picked = rng.choice(shuffled[first], sites, replace=False)
         else:
             distance = np.linalg.norm(plane[free][:, None] - sites, axis=2)
             picked = np.unique(free[distance.argmin(axis=0)])
@@ -243,7 +246,9 @@ def _peaked(wave: Periodic, peak: float, size: tuple[float, float], percentile: 
     return wave.scaled(peak / float(np.percentile(principal, percentile)))
 
 
-def _weak_waves(rng: np.random.Generator, n: int, box: float, poisson: float, rms: float, shortest_A: float) -> Periodic:
+def _weak_waves(
+    rng: np.random.Generator, n: int, box: float, poisson: float, rms: float, shortest_A: float
+) -> Periodic:
     wave = relax(long_waves(rng, n, box, shortest_A), box, poisson)
     axis = np.linspace(0, box, 48, endpoint=False)
     points = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
@@ -276,9 +281,7 @@ def mos2(seed: int) -> Sample:
     ellipse = _peaked(relax(misfit[:, None, None] * inside, box, poisson), 0.028, size)
     strain = ellipse + _weak_waves(rng, n, box, poisson, 0.0035, 30.0)
     sulphur = 2 * size[0] * size[1] / (3.16**2 * 3**0.5 / 2)
-    return build(
-        "MoS2", field_A, strain, seed=seed, rotation_rad=_small_turn(rng), vacancies=round(0.015 * sulphur)
-    )
+    return build("MoS2", field_A, strain, seed=seed, rotation_rad=_small_turn(rng), vacancies=round(0.015 * sulphur))
 
 
 @SPECIMENS.register("graphene")
@@ -301,8 +304,8 @@ def graphene(seed: int) -> Sample:
         band = np.exp(-((across / 9.0) ** 2) / 2 - (along / 40.0) ** 2 / 2)
         normal = np.array([np.sin(turn) ** 2, np.cos(turn) ** 2, -np.sin(turn) * np.cos(turn)])
         folds += rng.choice([-1.0, 1.0]) * normal[:, None, None] * band
-    points = MARGIN_A * 0.5 + rng.uniform(0, 1, (16, 2)) * (np.array(size) - MARGIN_A)
-    silicon, holes = points[:9], points[9:]
+    points = MARGIN_A * 0.5 + rng.uniform(0, 1, (28, 2)) * (np.array(size) - MARGIN_A)
+    silicon, holes = points[:18], points[18:]
     centres = np.zeros((3, n, n))
     for sites, misfit in ((silicon, 1.0), (holes, -1.0)):
         for site in sites:
@@ -342,9 +345,9 @@ def srtio3(seed: int) -> Sample:
     axis = rotation + rng.integers(0, 4) * np.pi / 2
     c, s = np.cos(axis), np.sin(axis)
     misfit = np.array([c * c - 0.5 * s * s, s * s - 0.5 * c * c, 1.5 * c * s])
-    strain = _peaked(
-        relax(misfit[:, None, None] * domain(grid), box, kind.poisson), 0.018, size
-    ) + _weak_waves(rng, n, box, kind.poisson, 0.0025, 40.0)
+    strain = _peaked(relax(misfit[:, None, None] * domain(grid), box, kind.poisson), 0.018, size) + _weak_waves(
+        rng, n, box, kind.poisson, 0.0025, 40.0
+    )
     polar = rng.uniform(0.12, 0.18) * np.array([s, c])
     slope = rng.uniform(-4e-3, 4e-3, 2) / (field_A[0] / 2)
     middle = np.array(size) / 2

@@ -21,7 +21,7 @@ from stemloop.core.protocols import Exposure, InstrumentInfo
 from stemloop.core.units import electrons, probe_fwhm_m
 from stemloop.simulate.camera import Counting, as_counts
 from stemloop.simulate.haadf import RING_RAD, Haadf
-from stemloop.simulate.imaging import _FWHM_TO_SIGMA, Scattering, camera
+from stemloop.simulate.imaging import FWHM_TO_SIGMA, Scattering, camera
 from stemloop.simulate.specimens import SPECIMENS, Sample
 
 
@@ -113,7 +113,9 @@ class Twin:
             "exposed_positions": 0,
             "lost_atoms": [],
         }
-        self._forget()
+        self._sample: Sample | None = None
+        self._scattering: Scattering | None = None
+        self._haadf: tuple[tuple[float, float], Haadf] | None = None
 
     # ------------------------------------------------------------------------------------------ the socket
 
@@ -185,9 +187,7 @@ class Twin:
         return np.asarray(settled[..., None] * self._drift_m)
 
     def _forget(self) -> None:
-        self._sample: Sample | None = None
-        self._scattering: Scattering | None = None
-        self._haadf: tuple[tuple[float, float], Haadf] | None = None
+        self._sample, self._scattering, self._haadf = None, None, None
 
     def _on_sample(self, positions: NDArray[np.float64], clock_s: float | NDArray[np.float64]) -> NDArray[np.float64]:
         stage = np.array([self._state["stage_y_m"], self._state["stage_x_m"]])
@@ -234,7 +234,7 @@ class Twin:
         frames = np.stack([rng.poisson(self._counting.mean(pattern, number)) for pattern in patterns])
         self._account(number, len(positions), each_s * len(positions))
         probe_m = probe_fwhm_m(self.info.energy_eV, state["semiangle_rad"], self.info.source_fwhm_m)
-        self._harm(rng, places, number, probe_m * _FWHM_TO_SIGMA)
+        self._harm(rng, places, number, probe_m * FWHM_TO_SIGMA)
         state["probe_y_m"], state["probe_x_m"] = (float(p) for p in positions[-1])
         assert self.info.camera is not None
         calibration = {
