@@ -48,6 +48,7 @@ from stemloop.stream.landing import LandingLog
 IDLE_EXIT_S = 60.0
 #: How long the lease outlives a loop that was killed.
 LEASE_TTL_S = 3.0
+CONNECT_PATIENCE_S = 2.0
 ANY_PORT = "tcp://127.0.0.1:*"
 START_LIMIT_S = 180.0
 
@@ -118,8 +119,14 @@ class Site:
             self._start_host()
         deadline = time.monotonic() + START_LIMIT_S
         while True:
+            if self._host is not None and not (self._folder / "address.json").exists():
+                self._raise_if_host_failed()
+                if time.monotonic() > deadline:
+                    raise InstrumentError(f"the instrument did not start; see {self._folder / 'log.txt'}.")
+                time.sleep(0.02)
+                continue
             try:
-                return connect(self._folder, lease=True, ttl_s=LEASE_TTL_S, patience_s=0.0)
+                return connect(self._folder, lease=True, ttl_s=LEASE_TTL_S, patience_s=CONNECT_PATIENCE_S)
             except LeaseError:
                 if self._host is not None or time.monotonic() > deadline:
                     raise
@@ -152,11 +159,12 @@ class Site:
             )
 
     def _raise_if_host_failed(self) -> None:
+        ended = self._host is not None and self._host.poll() is not None
         failed = self._folder / "failed.json"
         if failed.exists():
             wire = json.loads(failed.read_text())
             raise from_code(wire["code"], wire["message"])
-        if self._host is not None and self._host.poll() is not None:
+        if ended:
             raise InstrumentError(f"the instrument's process ended at its start; see {self._folder / 'log.txt'}.")
 
     @property
