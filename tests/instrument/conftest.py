@@ -1,3 +1,4 @@
+import logging
 import os
 import subprocess
 import sys
@@ -31,6 +32,7 @@ class Served:
             server.serve(self.instrument, self.directory, **options)
         except BaseException as error:
             self.error = error
+            logging.getLogger("served").exception("the server ended")
 
     def connect(self, role="agent", **options):
         return connect(self.directory, TOKENS[role], role, **{"patience_s": 10.0, **options})

@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +19,14 @@ from websockets.sync.client import connect as raw_connect
 
 from stemloop.core import units
 from stemloop.core.errors import (
-    DoseError, InputError, InstrumentError, LeaseError, LimitError, NotAuthorised, StorageError,
-)  # fmt: skip
+    DoseError,
+    InputError,
+    InstrumentError,
+    LeaseError,
+    LimitError,
+    NotAuthorised,
+    StorageError,
+)
 from stemloop.core.instruction import Blank, Diffraction, Image, Optics, Probe, Report
 from stemloop.core.protocols import Instrument
 from stemloop.instrument import wire
@@ -273,7 +280,8 @@ def test_malformed_bytes_get_an_answer_or_a_farewell_and_the_server_goes_on(serv
             socket.send(bytes(data))
             assert wire.decode(socket.recv())["ok"] is False
         for message in (
-            {"op": "fly"}, {"op": 3}, {}, {"op": "execute"}, {"op": "execute", "id": 3}, {"op": "acquire", "ttl_s": "x"},
+            {"op": "fly"}, {"op": 3}, {}, {"op": "execute"}, {"op": "execute", "id": 3},
+            {"op": "acquire", "ttl_s": "x"},
             {"op": "acquire", "ttl_s": math.nan}, {"op": "execute", "id": "a", "instruction": {"kind": []}},
             {"op": "renew"}, {"op": "hello", "token": 5}, {"op": "execute", "id": "a", "instruction": [1], "data": {}},
         ):  # fmt: skip
@@ -311,7 +319,7 @@ def test_an_instrument_that_fails_is_charged_and_not_asked_again(served, monkeyp
 
 def test_rest_discovers_reads_the_state_and_handles_leases(served):
     one = served(idle_exit_s=1.5)
-    until(lambda: (one.directory / "address.json").exists())
+    until((one.directory / "address.json").exists)
     status, seen = http(one, "GET", "/")
     assert status == 200 and seen["name"] == "counting" and "image" in seen["instructions"]
     assert http(one, "GET", "/state")[0] == 403
@@ -388,4 +396,5 @@ def test_without_a_server_the_client_says_what_to_do(tmp_path):
 
 def test_the_client_does_not_pull_in_the_server():
     code = "import sys, stemloop.instrument.client, stemloop.instrument.replay; sys.exit('fastapi' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": "src"}).returncode == 0
+    source = str(Path(__file__).parents[2] / "src")
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": source}, check=True)

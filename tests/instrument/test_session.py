@@ -87,9 +87,8 @@ def test_a_dose_that_is_no_number_of_electrons_is_refused(electrons):
 
 # ------------------------------------------------------------------------------------------------------ leases
 
-AGENT, OTHER, OPERATOR, VIEWER = (
-    Identity("agent:a", "agent"), Identity("agent:b", "agent"), Identity("operator", "operator"), Identity("viewer", "viewer"),
-)  # fmt: skip
+AGENT, OTHER = Identity("agent:a", "agent"), Identity("agent:b", "agent")
+OPERATOR, VIEWER = Identity("operator", "operator"), Identity("viewer", "viewer")
 
 
 class DeskMachine(RuleBasedStateMachine):

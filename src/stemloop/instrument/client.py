@@ -27,7 +27,7 @@ from stemloop.instrument.session import ROLES
 
 _DROPPED = (OSError, WebSocketException, TimeoutError)
 _RETRY_S = 0.05
-_RETRY_MAX_S = 1.0
+_RETRY_MAX_S = 0.2
 
 Address = str | Path | Mapping[str, Any]
 
@@ -268,9 +268,10 @@ class Client:
             return
         host, port = _host_and_port(self._address)
         url = f"ws://[{host}]:{port}/control" if ":" in host else f"ws://{host}:{port}/control"
-        self._socket = open_websocket(
+        opened = open_websocket(
             url, compression=None, max_size=wire.MAX_BYTES, proxy=None, open_timeout=self._patience_s, close_timeout=1
         )
+        self._socket = opened.__enter__()  # what connect() itself returns differs between versions of websockets
         try:
             hello = self._greet()
         except StemloopError:

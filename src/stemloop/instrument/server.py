@@ -57,6 +57,9 @@ ADDRESS_FILE = "address.json"
 TOKENS_FILE = "tokens.json"
 LIMITS_FILE = "limits.json"
 
+#: A server waits at least so long [s] for its first client before it calls itself idle.
+FIRST_CLIENT_S = 30.0
+
 _HELLO_S = 10.0
 _SHUTDOWN_S = 10
 _TICK_S = (0.02, 0.5)
@@ -89,6 +92,7 @@ class Station:
         self.tokens = tokens
         self.desk: LeaseDesk = guard.desk
         self.connections = 0
+        self.visited = False
         self.last_seen = time.monotonic()
         self._thread = thread
         self._grace_s = grace_s
@@ -136,11 +140,14 @@ class Station:
                 _log.exception("the lease's watch met an error and goes on")
             if self.connections:
                 self.last_seen = time.monotonic()
-            if idle_exit_s is not None and time.monotonic() - self.last_seen >= idle_exit_s:
+            if idle_exit_s is not None and time.monotonic() >= self._leave_at(idle_exit_s):
                 stop()
             lease = self.desk.lease
             pace = min(lease.ttl_s if lease else math.inf, self._grace_s, idle_exit_s or math.inf) / 10
             await asyncio.sleep(min(max(pace, _TICK_S[0]), _TICK_S[1]))
+
+    def _leave_at(self, idle_exit_s: float) -> float:
+        return self.last_seen + (idle_exit_s if self.visited else max(idle_exit_s, FIRST_CLIENT_S))
 
     async def _end_lapsed(self) -> None:
         lapsed = self.desk.lapse()
@@ -154,6 +161,7 @@ class Station:
         """Answer the messages of one client until it goes."""
         talk = _Talk()
         self.connections += 1
+        self.visited = True
         try:
             await self._answer_all(connection, talk)
         except (WebSocketDisconnect, RuntimeError, TimeoutError):
@@ -292,6 +300,7 @@ def build_app(station: Station, lifespan: Any = None) -> FastAPI:
 
     def speaker(request: Request) -> Identity:
         station.last_seen = time.monotonic()
+        station.visited = True
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             raise NotAuthorised("send the header 'Authorization: Bearer <token>'.")
@@ -495,7 +504,7 @@ def serve(
     host, port : str, int
         A loopback address (any other is refused in this version) and a port, 0 for a free one.
     idle_exit_s : float, optional
-        Stop after this time [s] without a client.
+        Stop after this time [s] without a client, but not in the first 30 s if none has come yet.
     grace_s : float
         How long [s] a lease outlives the connection of its holder.
 
