@@ -185,8 +185,7 @@ class Replay:
                 return self._exposure(self._crop(instruction), instruction, {"pixel_m": list(self._image_pixel_m)})
             case Spectrum():
                 assert self._info.energy_loss is not None
-                offset, scale, _ = self._info.energy_loss
-                axis = {"energy_offset_eV": offset, "energy_scale_eV": scale}
+                axis = {"energy_loss": list(self._info.energy_loss)}
                 return self._exposure(self._frames(instruction), instruction, axis)
             case Diffraction():
                 assert self._info.camera is not None
