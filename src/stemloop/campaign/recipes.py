@@ -17,7 +17,7 @@ from stemloop.campaign.grid import Grid, nyquist_grid, recorded_grid
 from stemloop.campaign.settings import Settings
 from stemloop.campaign.site import Site
 from stemloop.campaign.stopwatch import Stopwatch
-from stemloop.core.errors import InputError
+from stemloop.core.errors import InputError, OutcomeUnknown
 from stemloop.core.instruction import Diffraction, Image, Instruction, Optics, Spectrum
 from stemloop.core.protocols import InstrumentInfo
 from stemloop.core.registry import Registry
@@ -181,6 +181,8 @@ class DiffractionRecipe(Recipe):
         )
         asked = Image((0.0, 0.0), (height, width), shape, self.overview_dwell_s)
         frames, _ = site.expose(asked, "overview", watch)
+        if frames is None:
+            raise OutcomeUnknown("the overview was begun and never seen to end; it is not exposed again: start a new run.")
         with watch("describe"):
             image = np.asarray(frames[0], float)
             pixel_m = height / shape[0]

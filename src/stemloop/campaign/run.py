@@ -144,7 +144,7 @@ class Run:
         calibrations = {
             r["calibration"]["stream"]: r["calibration"]
             for r in self.site.journal.records
-            if r["kind"] == "exposure"
+            if r["kind"] == "exposure" and not r["lost"]
         }
         run = {"id": self.site.run_id, "settings": self.settings.to_dict(), "summary": self.summary}
         files.seal(self.site.log.batches(), self.directory / "frames.h5", run=run, calibrations=calibrations)
