@@ -123,7 +123,7 @@ def test_a_changed_byte_is_found_or_changes_nothing(sealed, tmp_path):
     rng = random.Random(0)
     found = 0
     broken = tmp_path / "broken.h5"
-    for _ in range(120):
+    for _ in range(40):
         changed = bytearray(whole)
         changed[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
         broken.write_bytes(changed)
@@ -133,7 +133,7 @@ def test_a_changed_byte_is_found_or_changes_nothing(sealed, tmp_path):
             found += 1
         else:
             assert contents(broken) == before
-    assert found > 60
+    assert found > 20
 
 
 def test_a_changed_frame_is_named(sealed, tmp_path):
