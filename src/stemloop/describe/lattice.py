@@ -170,7 +170,7 @@ def _repeats(points: Floats) -> tuple[Floats, Floats]:
         if len(centres) == 24:
             break
     found, weight = np.array(centres), np.array(counts)
-    shared = found[weight > 0.7 * weight.max()] if weight.max() >= 4 else found[:0]
+    shared = found[weight > 0.7 * weight.max()] if weight.max() > max(3, 0.3 * n) else found[:0]
     shared = shared[np.argsort(np.hypot(*shared.T))]
     for second in shared[1:]:
         area = abs(shared[0, 0] * second[1] - shared[0, 1] * second[0])
