@@ -129,7 +129,7 @@ class _Page:
         return 1.0, unit
 
     def html(self) -> str:
-        parts = [self.headline(), self.overview(), self.maps_with_path(), self.truth(), self._pair(self.learning(), "")]
+        parts = [self.headline(), self.overview(), self.maps_with_path(), self.truth(), self.learning()]
         parts += [self._pair(self.dose(), self.timings()), self.table(), self.provenance()]
         title = html.escape(f"{self.summary.get('specimen', 'Run')} · stemloop")
         return (
@@ -168,7 +168,9 @@ class _Page:
             target = s.get("target_sigma")
             met = target is not None and float(s["final_sigma"]) <= float(target) * 1.0001
             note = f"deviation at the end; wanted {self._amount(target)}" if target is not None else "final deviation"
-            facts.append(("good" if met else "warn" if target is not None else "", self._amount(s["final_sigma"]), note))
+            facts.append(
+                ("good" if met else "warn" if target is not None else "", self._amount(s["final_sigma"]), note)
+            )
         if s.get("map_rmse") is not None:
             facts.append(("", self._amount(s["map_rmse"]), "rms error of the map against the truth"))
         if s.get("coverage_2sigma") is not None:
@@ -196,7 +198,7 @@ class _Page:
             return ""
         extent = tuple(float(v) for v in m.get("overview_extent_m", self.extent))
         figure = Figure(figsize=_size(extent, 1 + ("mean" in m), bar="mean" in m), layout="constrained")
-        axes = np.atleast_1d(figure.subplots(1, 1 + ("mean" in m), sharey=True))
+        axes: Any = figure.subplots(1, 1 + ("mean" in m), sharey=True, squeeze=False)[0]
         for axis in axes:
             _picture(axis, m["overview"], extent, "gray", np.nanpercentile(m["overview"], (0.5, 99.7)))
             _bare(axis)
@@ -208,65 +210,90 @@ class _Page:
             shown = _picture(axes[1], m["mean"] * self.scale, self.extent, "viridis", limits, alpha=0.55)
             axes[1].set(xlim=axes[0].get_xlim(), ylim=axes[0].get_ylim())
             axes[1].set_title(f"{_sentence(self.property)} painted on it")
-            self._bar(figure, shown, axes[1], self.property)
+            self._bar(figure, shown, axes[1], _labelled(self.property, self.unit))
         words = f"{_grouped(len(m['columns_m']))} columns were found. " if "columns_m" in m else ""
-        return _section("The specimen", words + "Field of view " + _field(extent) + ".", _png(figure, self._say("overview")))
+        return _section(
+            "The specimen", words + "Field of view " + _field(extent) + ".", _png(figure, self._say("overview"))
+        )
 
     def _columns(self, axis: Any) -> None:
         if "columns_m" not in self.maps or not len(self.maps["columns_m"]):
             return
         place = np.asarray(self.maps["columns_m"], dtype=np.float64) * 1e9
         kind = np.asarray(self.maps.get("columns_sublattice", np.zeros(len(place)))).astype(int)
-        size = float(np.clip(2500 / len(place), 1.5, 16))
+        size = float(np.clip(9000 / len(place), 4, 20))
         for k, colour in enumerate(("#ffb000", "#3fb6ff", "#ff5fa2")):
             chosen = kind == k if k < 2 else kind >= 2
             if chosen.any():
-                axis.scatter(place[chosen, 1], place[chosen, 0], s=size, color=colour, linewidths=0, label=f"{k + 1}")
+                axis.scatter(
+                    place[chosen, 1],
+                    place[chosen, 0],
+                    s=size,
+                    color=colour,
+                    linewidths=0,
+                    label=("brightest", "second", "third")[k],
+                )
         if kind.max() > 0:
-            axis.legend(title="sublattice", loc="upper right", fontsize=8, title_fontsize=8, markerscale=1.5, framealpha=0.85)
+            axis.legend(
+                title="sublattice", loc="upper right", fontsize=8, title_fontsize=8, markerscale=2, framealpha=0.9
+            )
 
     def maps_with_path(self) -> str:
         m = self.maps
-        shown = [name for name in ("mean", "sigma", "reference_map") if name in m]
+        shown: list[str] = [name for name in ("mean", "sigma", "reference_map") if name in m]
         if not shown:
             return ""
-        titles = {"mean": _sentence(self.property), "sigma": "Deviation (1 sigma)", "reference_map": "Reference: full raster"}
+        if len(m.get("points_m", ())) > 1:
+            shown.append("path")
+        titles = {
+            "mean": f"{_sentence(self.property)} and positions",
+            "sigma": "Deviation (1 sigma)",
+            "reference_map": "Reference: full raster",
+            "path": "Beam path, first to last",
+        }
         rows, across = _arranged(len(shown), self.extent)
         figure = Figure(figsize=_size(self.extent, across, rows), layout="constrained")
-        limits = _limits(np.concatenate([m[k].ravel() for k in shown if k != "sigma"] or [np.zeros(1)]) * self.scale)
-        for axis, name in zip(np.atleast_1d(figure.subplots(rows, across, sharex=True, sharey=True)).ravel(), shown, strict=False):
-            if name == "sigma":
-                seen = _picture(axis, m[name] * self.scale, self.extent, "cividis", _limits(m[name] * self.scale))
+        limits = _limits(
+            np.concatenate([m[k].ravel() for k in shown if k in ("mean", "reference_map")] or [np.zeros(1)])
+        )
+        panels: Any = figure.subplots(rows, across, sharex=True, sharey=True, squeeze=False)
+        for axis, name in zip(panels.ravel(), shown, strict=False):
+            if name == "path":
+                self._path(figure, axis)
             else:
-                seen = _picture(axis, m[name] * self.scale, self.extent, "viridis", limits)
-            axis.set_title(titles[name])
-            _nanometres(axis)
-            self._bar(figure, seen, axis, "deviation" if name == "sigma" else self.property)
+                wide = _limits(m[name] * self.scale) if name == "sigma" else tuple(self.scale * v for v in limits)
+                colours = "cividis" if name == "sigma" else "viridis"
+                seen = _picture(axis, m[name] * self.scale, self.extent, colours, wide)
+                self._bar(figure, seen, axis, self.unit)
             if name == "mean":
                 self._points(axis)
-            elif name == "sigma":
-                self._path(figure, axis)
-        words = "Left, the estimate with the measured positions; beside it how uncertain it is, with the beam's path from "
-        words += "the first position (dark) to the last (bright)." if "points_m" in m else "its first to its last position."
-        return _section("The map and its deviation", words if len(shown) > 1 else "", _png(figure, self._say("map")))
+            axis.set_title(titles[name])
+            _nanometres(axis)
+            axis.label_outer()
+        words = "The estimate with the measured positions, and how uncertain it is."
+        words += " The path runs from the circle to the square, dark to bright." if "path" in shown else ""
+        return _section("The map and its deviation", words, _png(figure, self._say("map")))
 
     def _points(self, axis: Any) -> None:
         place = self.maps.get("points_m")
         if place is not None and len(place):
-            size = float(np.clip(1800 / len(place), 1.5, 14))
-            axis.scatter(place[:, 1] * 1e9, place[:, 0] * 1e9, s=size, facecolors="white", edgecolors="black", linewidths=0.35)
+            size = float(np.clip(1800 / len(place), 2, 14))
+            axis.scatter(
+                place[:, 1] * 1e9, place[:, 0] * 1e9, s=size, facecolors="white", edgecolors="black", linewidths=0.35
+            )
 
     def _path(self, figure: Figure, axis: Any) -> None:
-        place = self.maps.get("points_m")
-        if place is None or len(place) < 2:
-            return
-        line = place[:, ::-1] * 1e9
-        order = np.arange(len(line) - 1)
-        width = float(np.clip(160 / len(line), 0.35, 1.2))
-        path = LineCollection(np.stack([line[:-1], line[1:]], axis=1).tolist(), array=order, cmap="magma", linewidths=width)
-        axis.add_collection(path)
-        axis.scatter(*line[0], s=26, marker="o", facecolors="none", edgecolors="white", linewidths=1.3)
-        axis.scatter(*line[-1], s=26, marker="s", facecolors="none", edgecolors="white", linewidths=1.3)
+        line = self.maps["points_m"][:, ::-1] * 1e9
+        order = np.arange(1, len(line) + 1)
+        legs = np.stack([line[:-1], line[1:]], axis=1).tolist()
+        axis.add_collection(LineCollection(legs, array=order[1:], cmap="plasma", linewidths=0.8, alpha=0.75))
+        size = float(np.clip(1800 / len(line), 3, 14))
+        dots = axis.scatter(line[:, 0], line[:, 1], c=order, cmap="plasma", s=size, linewidths=0, zorder=3)
+        for end, marker in ((line[0], "o"), (line[-1], "s")):
+            axis.scatter(*end, s=48, marker=marker, facecolors="none", edgecolors=_INK, linewidths=1.4, zorder=4)
+        height, width = (1e9 * v for v in self.extent)
+        axis.set(xlim=(0, width), ylim=(height, 0), aspect="equal", facecolor="#f1f3f6")
+        self._bar(figure, dots, axis, "order")
 
     def truth(self) -> str:
         m = self.maps
@@ -276,16 +303,24 @@ class _Page:
         flat = self.extent[1] > 3 * self.extent[0]
         width, height = _size(self.extent, 1 if flat else 2, 2 if flat else 1)
         figure = Figure(figsize=(width, height + (2.3 if flat else 0)), layout="constrained")
-        one, two = figure.subplots(2 if flat else 1, 1 if flat else 2)
+        panels: Any = figure.subplots(2 if flat else 1, 1 if flat else 2)
+        one, two = panels
         edge = max(float(np.nanpercentile(np.abs(error), 99.5)), 1e-12)
-        self._bar(figure, _picture(one, error, self.extent, "RdBu_r", (-edge, edge)), one, "map minus truth")
+        self._bar(
+            figure,
+            _picture(one, error, self.extent, "RdBu_r", (-edge, edge)),
+            one,
+            _labelled("map minus truth", self.unit),
+        )
         _nanometres(one)
         one.set_title("Error against the truth")
         if "sigma" in m:
             _histogram(two, error / np.maximum(m["sigma"] * self.scale, 1e-30))
         words = "The simulated specimen's truth was never shown to the experiment. "
         words += "Right: the errors in units of the deviation that was claimed; honest deviations follow the line."
-        return _section("Against the truth", words.replace("Right", "Below") if flat else words, _png(figure, self._say("error")))
+        return _section(
+            "Against the truth", words.replace("Right", "Below") if flat else words, _png(figure, self._say("error"))
+        )
 
     def learning(self) -> str:
         history = self.maps.get("history") or []
@@ -298,7 +333,9 @@ class _Page:
         for key, label, colour, style in (*lines, ("rmse", "rms error against the truth", _WARM, "-")):
             y = np.array([h.get(key) if h.get(key) is not None else np.nan for h in history], dtype=float) * self.scale
             if np.isfinite(y).any():
-                axis.plot(points, y, style, color=colour, lw=1.8, label=label, marker="o", ms=3 if len(points) < 60 else 0)
+                axis.plot(
+                    points, y, style, color=colour, lw=1.8, label=label, marker="o", ms=3 if len(points) < 60 else 0
+                )
         target = self.summary.get("target_sigma")
         if target:
             axis.axhline(float(target) * self.scale, color="#1d7a46", lw=1.2, ls=":")
@@ -367,11 +404,11 @@ class _Page:
 
     # ------------------------------------------------------------------------------------------------ helpers
 
-    def _bar(self, figure: Figure, shown: Any, axis: Any, name: str) -> None:
+    def _bar(self, figure: Figure, shown: Any, axis: Any, words: str) -> None:
         wide = self.extent[1] > 3 * self.extent[0]
-        bar = figure.colorbar(shown, ax=axis, shrink=1.0 if wide else 0.86, pad=0.015, aspect=12 if wide else 26)
+        bar: Any = figure.colorbar(shown, ax=axis, shrink=0.8, pad=0.015, fraction=0.05, aspect=9 if wide else 24)
         bar.solids.set_alpha(1)
-        bar.set_label(_labelled("" if wide else name, self.unit), fontsize=9)
+        bar.set_label(words, fontsize=9)
         bar.locator = MaxNLocator(4 if wide else 6)
         bar.outline.set_visible(False)
         bar.update_ticks()
@@ -386,13 +423,15 @@ class _Page:
 def _size(extent: Sequence[float], across: int, down: int = 1, bar: bool = True) -> tuple[float, float]:
     """Figure size [inch] that lets ``across`` x ``down`` pictures of this extent fill the page's width."""
     width = 10.4 if across > 1 or extent[1] > extent[0] else 6.5
-    each = width / across - (1.25 if bar else 0.2)
+    each = width / across - (0.95 if bar else 0.2)
     return width, float(np.clip(down * (each * extent[0] / extent[1] + 0.75), 1.5, 12.0))
 
 
 def _arranged(count: int, extent: Sequence[float]) -> tuple[int, int]:
     """Rows and columns: strips lie below each other, everything else side by side."""
-    return (count, 1) if extent[1] > 3 * extent[0] else (1, count)
+    if extent[1] > 3 * extent[0]:
+        return count, 1
+    return (2, 2) if count == 4 else (1, count)
 
 
 def _picture(
@@ -472,11 +511,13 @@ def _png(figure: Figure, words: str) -> str:
 
 
 def _svg(figure: Figure, words: str) -> str:
-    return _drawn(figure, words, lambda out: figure.savefig(out, format="svg", metadata={"Date": None}), "image/svg+xml")
+    return _drawn(
+        figure, words, lambda out: figure.savefig(out, format="svg", metadata={"Date": None}), "image/svg+xml"
+    )
 
 
 def _drawn(figure: Figure, words: str, draw: Callable[[io.BytesIO], Any], kind: str) -> str:
-    figure.set_dpi(150)
+    figure.set_dpi(115)
     out = io.BytesIO()
     draw(out)
     data = base64.b64encode(out.getvalue()).decode()
@@ -550,7 +591,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, (float, np.floating)):
-        return _plain(float(value), 5)
+        return f"{float(value):.5g}"
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {_shown(inner)}" for key, inner in value.items()) or "none"
     if isinstance(value, (list, tuple)):
