@@ -50,8 +50,9 @@ def find_columns(image: NDArray[Any], pixel_size_m: float | None = None) -> Colu
     """Find the atom columns of a HAADF image and measure where they are.
 
     A column is a local maximum of the background-flattened, matched-filtered image that noise alone would make about
-    once in an image, and whose fitted amplitude is more than four of its deviations. Each is then fitted by a Gaussian on a constant background, weighted by the noise, with
-    its neighbours' fitted Gaussians taken away, until all agree with each other.
+    once in an image, and whose fitted amplitude is more than four of its deviations. All columns are then fitted
+    together, each a Gaussian, on a smooth background, weighted by the noise (Levenberg-Marquardt, the steps by
+    conjugate gradients), so that overlapping neighbours do not pull at each other.
 
     Parameters
     ----------
@@ -205,10 +206,12 @@ def _start(flat: Floats, peaks: Floats, width: float, known: Floats) -> Floats:
     height = np.maximum(ndimage.gaussian_filter(flat, 0.5 * width)[at] - low[at], 1e-9 * np.ptp(flat))
     start = np.column_stack([peaks, height, np.full(len(peaks), np.log(width))])
     if len(known):
-        far, which = cKDTree(known[:, :2]).query(peaks)
+        far, which = (np.asarray(v) for v in cKDTree(known[:, :2]).query(peaks))
         again = far < width
         start[again] = known[which[again]]
-        start = start[np.sort(np.unique(np.where(again, which, len(known) + np.arange(len(peaks))), return_index=True)[1])]
+        start = start[
+            np.sort(np.unique(np.where(again, which, len(known) + np.arange(len(peaks))), return_index=True)[1])
+        ]
     return start
 
 
@@ -243,7 +246,7 @@ class _Model:
 
     def _paint(self, stamps: Floats) -> Floats:
         size = self.shape[0] * self.shape[1]
-        return np.bincount(self.place.ravel(), stamps.ravel(), minlength=size).reshape(self.shape)
+        return np.asarray(np.bincount(self.place.ravel(), stamps.ravel(), minlength=size), float).reshape(self.shape)
 
     def times(self, v: Floats) -> Floats:
         """J v, an image."""

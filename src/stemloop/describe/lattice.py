@@ -135,7 +135,11 @@ def orientation(
         bright = source.sublattice == 0
         lattice = fit_lattice(source.position[bright] if bright.sum() >= 8 else source.position)
         vectors = np.stack([lattice.a1, lattice.a2])
-        if symmetry == "square" and pixel_size_m and np.hypot(*lattice.a1) * pixel_size_m < 0.85 * _CONSTANT_M[material]:
+        if (
+            symmetry == "square"
+            and pixel_size_m
+            and np.hypot(*lattice.a1) * pixel_size_m < 0.85 * _CONSTANT_M[material]
+        ):
             vectors = np.stack([vectors[0] - vectors[1], vectors[0] + vectors[1]])  # all columns alike: half the cell
         if lattice.symmetry != symmetry and _misfit(vectors, symmetry) > 0.12:
             raise InputError(f"the columns form a {lattice.symmetry} lattice; {material} is {symmetry}.")
@@ -151,7 +155,7 @@ def _repeats(points: Floats) -> tuple[Floats, Floats]:
     """The two shortest difference vectors shared by most points."""
     n = len(points)
     tree = cKDTree(points)
-    distance, neighbour = tree.query(points, min(n, 20))
+    distance, neighbour = (np.asarray(v) for v in tree.query(points, min(n, 20)))
     difference = (points[neighbour[:, 1:]] - points[:, None, :]).reshape(-1, 2)
     near = float(np.median(distance[:, 1]))
     difference = difference[np.hypot(*difference.T) < 3.2 * near]
@@ -170,7 +174,7 @@ def _repeats(points: Floats) -> tuple[Floats, Floats]:
         if len(centres) == 24:
             break
     found, weight = np.array(centres), np.array(counts)
-    shared = found[weight > 0.7 * weight.max()] if weight.max() >= 4 else found[:0]
+    shared = found[weight > 0.7 * weight.max()] if weight.max() > max(3, 0.3 * n) else found[:0]
     shared = shared[np.argsort(np.hypot(*shared.T))]
     for second in shared[1:]:
         area = abs(shared[0, 0] * second[1] - shared[0, 1] * second[0])
@@ -189,9 +193,13 @@ def _walk(
     steps = [(1, 0), (0, 1), (1, 1), (1, -1)]
     start, end, kind = [], [], []
     for number, (i, j) in enumerate(steps):
-        distance, other = tree.query(points + i * first + j * second, distance_upper_bound=reach)
+        distance, other = (
+            np.asarray(v) for v in tree.query(points + i * first + j * second, distance_upper_bound=reach)
+        )
         met = np.flatnonzero(np.isfinite(distance))
-        start.append(met), end.append(other[met]), kind.append(np.full(len(met), number))
+        start.append(met)
+        end.append(other[met])
+        kind.append(np.full(len(met), number))
     source, target, which = np.concatenate(start), np.concatenate(end), np.concatenate(kind)
     graph = coo_matrix((np.ones(len(source)), (source, target)), shape=(n, n)).tocsr()
     count, label = connected_components(graph, directed=False)
@@ -221,10 +229,11 @@ def _robust(
         raise InputError("the columns show no lattice: too few of them can be reached by its vectors.")
     design = np.column_stack([index[used], np.eye(copies)[basis[used]]]).astype(np.float64)
     weight = np.ones(len(used))
-    solution = np.zeros((2 + copies, 2))
+    solution: Floats = np.zeros((2 + copies, 2))
+    left: Floats = np.zeros((len(used), 2))
     for _ in range(25):
         normal = (design * weight[:, None]).T @ design
-        solution = np.linalg.solve(normal, (design * weight[:, None]).T @ points[used])
+        solution = np.asarray(np.linalg.solve(normal, (design * weight[:, None]).T @ points[used]), dtype=np.float64)
         left = points[used] - design @ solution
         size = np.hypot(*left.T)
         scale = max(float(np.median(size)) / 1.1774, 1e-9)
@@ -233,7 +242,8 @@ def _robust(
             break
         weight = updated
     spread = float((weight * size**2).sum() / max(2 * weight.sum() - 2 * len(solution), 1))
-    covariance = np.linalg.inv((design * weight[:, None]).T @ design)[:2, :2] * spread
+    inverse = np.linalg.inv((design * weight[:, None]).T @ design)
+    covariance: Floats = np.asarray(inverse[:2, :2] * spread, dtype=np.float64)
     residual = np.full(points.shape, np.nan)
     residual[used] = left
     return solution[:2], solution[2:], covariance, residual
@@ -349,7 +359,7 @@ def _indexed_rotation(
     covariance = np.linalg.inv(design.T @ design / 2) * spread**2
     turn = _TURN[symmetry]
     # the reciprocal of the direct lattice rotated by w is the reciprocal lattice rotated by w
-    direct = np.linalg.inv(basis).T
+    direct: Floats = np.asarray(np.linalg.inv(basis).T, dtype=np.float64)
     if direct[0, 1] * direct[1, 0] - direct[0, 0] * direct[1, 1] < 0:
         direct = direct[::-1]
     direct = _standard(direct) @ direct
