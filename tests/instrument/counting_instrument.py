@@ -62,6 +62,8 @@ class Counting:
             self.values["current_A"] = instruction.current_A or self.values["current_A"]
         if not instruction.exposes:
             return Exposure(None, 0.0, self.state())
+        if self.values["blanked"]:
+            raise RuntimeError("the beam is blanked")
         electrons = units.electrons(self.values["current_A"], instruction.dwell_s)
         self.note("expose", key, electrons * instruction.exposed_positions)
         time.sleep(self.sleep_s)

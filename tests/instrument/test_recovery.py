@@ -139,8 +139,9 @@ def test_a_signal_during_an_exposure_waits_for_its_end(tmp_path, spawn):
     assert process.wait(20) == 0
     assert Counting(tmp_path / "exposures.txt").lines("exposed")
     assert Counting(tmp_path / "exposures.txt").lines("blank True")
-    asking.join(10)
     client.close()
+    asking.join(10)
+    assert not asking.is_alive()
     spawn()
     with connect(tmp_path / "server", lease=True) as client:
         assert client.execute(POINT, "a").frames.shape == (2, 8, 8)

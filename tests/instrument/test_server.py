@@ -245,6 +245,21 @@ def test_the_beam_is_blanked_when_the_connection_is_lost_longer_than_the_grace(s
             other.acquire()
 
 
+def test_a_blanked_beam_opens_for_an_exposure_and_closes_after_it(served):
+    one = served()
+    with one.connect() as client:
+        with client.lease():
+            pass
+        with client.lease():
+            assert client.state()["blanked"]
+            assert client.execute(POINT, "a").frames is not None
+            assert client.state()["blanked"]
+            one.instrument.sleep_s = "a while"
+            with pytest.raises(InstrumentError):
+                client.execute(POINT, "b")
+            assert client.state()["blanked"]
+
+
 def test_who_comes_back_within_the_grace_goes_on_with_the_same_lease(served):
     one = served(grace_s=5.0)
     with one.connect() as client:

@@ -228,11 +228,11 @@ class Client:
     def _ask(self, message: dict[str, Any], patience_s: float | None = None) -> dict[str, Any]:
         """Send a message and return its reply; over a dropped connection again, until the patience is over."""
         with self._lock:
-            if self._closed.is_set():
-                raise InstrumentError("this connection was closed: connect again.")
             begun = time.monotonic()
             wait = _RETRY_S
             while True:
+                if self._closed.is_set():
+                    raise InstrumentError("this connection was closed: connect again.")
                 try:
                     self._reach()
                     return self._exchange(message)
@@ -244,7 +244,7 @@ class Client:
                             f"the instrument server at {self._address} cannot be reached ({error}). Look whether it "
                             "runs; repeat with the same command id, which exposes nothing twice."
                         ) from error
-                    time.sleep(wait)
+                    self._closed.wait(wait)
                     wait = min(2 * wait, _RETRY_MAX_S)
 
     def _exchange(self, message: dict[str, Any]) -> dict[str, Any]:

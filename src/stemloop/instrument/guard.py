@@ -195,7 +195,7 @@ class Guard:
             self.ledger.settle(name, 0.0)
             raise
         try:
-            with _instrument_errors():
+            with _instrument_errors(), self._beam(name):
                 exposure = self._instrument.execute(asked, key=name)
                 self._check(asked, exposure)
         except StemloopError as error:
@@ -208,6 +208,22 @@ class Guard:
             stream = self._spool.number(asked.kind, len(exposure.frames))
         self._keep(name, message, settled, exposure=exposure, stream=stream)
         return exposure
+
+    @contextmanager
+    def _beam(self, name: str) -> Iterator[None]:
+        """A blanked beam is opened for an exposure and blanked again after it, however it ends."""
+        if not self._instrument.state().get("blanked") or "blank" not in self.info.instructions:
+            yield
+            return
+        try:
+            self._instrument.execute(Blank(False), key=f"{name}: unblank")
+            yield
+        finally:
+            try:
+                self._instrument.execute(Blank(True), key=f"{name}: blank")
+            except Exception:  # the exposure counts; the server's watch blanks as soon as it can
+                _log.exception("the beam could not be blanked after %s", name)
+                self.desk.unattended = True
 
     def _keep(self, name: str, message: dict[str, Any], settled: int, **outcome: Any) -> None:
         try:
