@@ -129,7 +129,8 @@ def test_a_hexagon_has_six_equal_discs_above_its_middle():
     g = 2 / (3**0.5 * 2.46) * WINDOW_A
     angles = np.pi / 2 + np.pi / 3 * np.arange(6)
     content = np.array([discs(pattern, (g * np.sin(a), g * np.cos(a)), 7.4)[1] for a in angles])
-    assert np.ptp(content) < 0.02 * content.mean()  # square pixels under a hexagon
+    # square pixels and a square window under a hexagon: 3.5 %
+    assert np.ptp(content) < 0.05 * content.mean()
 
 
 @pytest.mark.parametrize(
@@ -143,11 +144,12 @@ def test_the_grid_is_fine_enough_for_thin_specimens(material, layers, energy, se
 
 
 def test_a_finer_grid_converges_for_the_film():
-    # ten cells channel along heavy columns: scattering beyond the grid's 1.3 / A is felt, 13 % at 0.25 A
-    sample = build("SrTiO3", (10.0, 10.0))
+    # cells channel along heavy columns: scattering beyond the grid's 1.3 / A is felt, at 0.25 A by 5 % in five
+    # cells (13 % in ten)
+    sample = build("SrTiO3", (10.0, 10.0), layers=5)
     coarse, fine, finest = (grid_pattern(sample, 200e3, 3e-3, sampling) for sampling in (0.25, 0.125, 0.0625))
     errors = [np.abs(p - finest).sum() / finest.sum() for p in (coarse, fine)]
-    assert errors[0] < 0.15 and errors[1] < 0.4 * errors[0]
+    assert errors[0] < 0.07 and errors[1] < 0.4 * errors[0]
 
 
 def grid_pattern(sample, energy, semiangle, sampling_A):
