@@ -2,7 +2,9 @@
 
 Both simulate coherent CBED patterns of the same specimen on the same 128 x 128 grid with the potential built
 beforehand: for abTEM those of 32 A windows, for the twin that of the whole field. abTEM is asked for one position, as
-an adaptive scan asks, and for sixteen positions of one window at once, as suits it best. A finite source with frozen phonons, and counting, are timed for the twin alone.
+an adaptive scan asks, and for sixteen positions of one window at once, as suits it best. A finite source with frozen
+phonons, and counting, are timed for the twin alone. ``difference_R1`` is mostly the windows' edges, which are cut in
+abTEM's potentials and whole in the twin's.
 
     OMP_NUM_THREADS=1 python benchmarks/twin.py
 """
@@ -91,7 +93,6 @@ def one(name: str) -> dict[str, float]:
 
     batched_s = median_cpu_s(sixteen, PATTERNS // 6) / 16
 
-    # the window's edge (where a probe hardly reaches) is cut in abTEM's potential and whole in the twin's
     theirs = with_abtem(1)
     ours = scattering.cbed(tuple(places[1]), setting.diffraction_rad)
     difference = float(np.abs(ours / ours.sum() - theirs / theirs.sum()).sum())

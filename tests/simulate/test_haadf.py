@@ -59,9 +59,10 @@ def test_summed_responses_are_the_multislice_image(material, points):
 
 @pytest.mark.slow
 def test_summed_responses_are_the_multislice_image_of_a_film():
-    ours, real = scan("SrTiO3", 8)
-    assert np.corrcoef(ours.ravel(), real.ravel())[0, 1] > 0.98
-    assert np.sqrt(np.mean((ours - real) ** 2)) < 0.1 * real.max()
+    # measured: correlation 0.996, rms error 2.5 % of the brightest pixel, means within 1 %
+    ours, real = scan("SrTiO3", 6)
+    assert np.corrcoef(ours.ravel(), real.ravel())[0, 1] > 0.99
+    assert np.sqrt(np.mean((ours - real) ** 2)) < 0.04 * real.max()
 
 
 def test_brightness_grows_with_the_atomic_number():

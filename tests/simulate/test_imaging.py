@@ -124,7 +124,7 @@ def test_a_hexagon_has_six_equal_discs_above_its_middle():
     # the hexagon's middle lies one bond from a carbon along y, on the side without a neighbour
     bond = 2.46 / 3**0.5
     side = 1 if np.linalg.norm(carbon - hollow - [bond, 0], axis=1).min() > 0.1 else -1
-    hollow = hollow + [side * bond, 0]
+    hollow += np.array([side * bond, 0])
     pattern = Scattering(sample, 60e3).cbed(tuple(hollow * A), 9e-3)
     g = 2 / (3**0.5 * 2.46) * WINDOW_A
     angles = np.pi / 2 + np.pi / 3 * np.arange(6)
@@ -164,7 +164,10 @@ def test_source_points_have_the_covariance_of_the_source():
     fwhm, sigma = 0.3 * A, 0.3 * A / 2.3548
     blurred = Scattering(sample, 80e3, source_points=6).cbed(MIDDLE, 15e-3, source_fwhm_m=fwhm)
     sharp = Scattering(sample, 80e3)
-    at = lambda dy, dx: sharp.cbed((MIDDLE[0] + dy, MIDDLE[1] + dx), 15e-3).astype(float)
+
+    def at(dy, dx):
+        return sharp.cbed((MIDDLE[0] + dy, MIDDLE[1] + dx), 15e-3).astype(float)
+
     h = 0.1 * A
     laplacian = (at(h, 0) + at(-h, 0) + at(0, h) + at(0, -h) - 4 * at(0, 0)) / h**2
     change = blurred - at(0, 0)
