@@ -3,7 +3,7 @@
 Both simulate coherent CBED patterns of the same specimen on the same 128 x 128 grid with the potential built
 beforehand: for abTEM those of 32 A windows, for the twin that of the whole field. abTEM is asked for one position, as
 an adaptive scan asks, and for sixteen positions of one window at once, as suits it best. A finite source with frozen
-phonons, and counting, are timed for the twin alone. ``difference_R1`` is mostly the windows' edges, which are cut in
+phonons, and counting, are timed for the twin alone. ``difference_R1`` has the windows' edges in it, which are cut in
 abTEM's potentials and whole in the twin's.
 
     OMP_NUM_THREADS=1 python benchmarks/twin.py
