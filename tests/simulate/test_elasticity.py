@@ -33,8 +33,13 @@ def test_stress_is_in_equilibrium(poisson):
     trace = 2 * poisson / (1 - poisson) * (e_xx + e_yy)
     s_xx, s_yy, s_xy = trace + 2 * e_xx, trace + 2 * e_yy, 2 * e_xy
     k = 2j * np.pi * np.fft.fftfreq(N, BOX / N)
-    d_x = lambda s: np.fft.ifft2(np.fft.fft2(s) * k[None, :]).real
-    d_y = lambda s: np.fft.ifft2(np.fft.fft2(s) * k[:, None]).real
+
+    def d_x(s):
+        return np.fft.ifft2(np.fft.fft2(s) * k[None, :]).real
+
+    def d_y(s):
+        return np.fft.ifft2(np.fft.fft2(s) * k[:, None]).real
+
     size = np.abs(d_x(s_xx)).max()
     assert np.abs(d_x(s_xx) + d_y(s_xy)).max() < 1e-9 * size
     assert np.abs(d_x(s_xy) + d_y(s_yy)).max() < 1e-9 * size

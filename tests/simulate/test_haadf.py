@@ -46,21 +46,23 @@ def scan(material, points, layers=None):
     return ours, real
 
 
-# measured: see the assertions; the column model leaves out the crosstalk of neighbours and three phonon
-# configurations scatter by some per cent
-@pytest.mark.parametrize("material, points, correlation, error", [("MoS2", 8, 0.99, 0.10), ("graphene", 6, 0.95, 0.15)])
-def test_summed_responses_are_the_multislice_image(material, points, correlation, error):
+# Measured with 12 phonon configurations: correlation 0.999 (MoS2) and 0.998 (graphene), rms error 6 and 10 % of the
+# brightest pixel, nearly all of it a common factor: the sum is 11 and 17 % brighter than multislice, which lets the
+# coherent discs of a lattice miss the ring. Three configurations, as here, are noisy by 2 % in the correlation.
+@pytest.mark.parametrize("material, points", [("MoS2", 6), ("graphene", 6)])
+def test_summed_responses_are_the_multislice_image(material, points):
     ours, real = scan(material, points)
-    assert np.corrcoef(ours.ravel(), real.ravel())[0, 1] > correlation
-    assert np.sqrt(np.mean((ours - real) ** 2)) < error * real.max()
-    assert ours.mean() == pytest.approx(real.mean(), rel=0.15)
+    assert np.corrcoef(ours.ravel(), real.ravel())[0, 1] > 0.97
+    assert np.sqrt(np.mean((ours - real) ** 2)) < 0.12 * real.max()
+    assert ours.mean() == pytest.approx(real.mean(), rel=0.2)
 
 
 @pytest.mark.slow
 def test_summed_responses_are_the_multislice_image_of_a_film():
-    ours, real = scan("SrTiO3", 8)
-    assert np.corrcoef(ours.ravel(), real.ravel())[0, 1] > 0.98
-    assert np.sqrt(np.mean((ours - real) ** 2)) < 0.1 * real.max()
+    # measured: correlation 0.996, rms error 2.5 % of the brightest pixel, means within 1 %
+    ours, real = scan("SrTiO3", 6)
+    assert np.corrcoef(ours.ravel(), real.ravel())[0, 1] > 0.99
+    assert np.sqrt(np.mean((ours - real) ** 2)) < 0.04 * real.max()
 
 
 def test_brightness_grows_with_the_atomic_number():

@@ -2,8 +2,10 @@
 
 At high angles thin specimens scatter incoherently, so that the image is the sum of what each atom or column would give
 alone (P. D. Nellist and S. J. Pennycook, Adv. Imaging Electron Phys. 113, 147 (2000),
-doi:10.1016/S1076-5670(00)80013-0). The response of an isolated column is computed by real multislice once for a probe;
-crosstalk between columns is what this leaves out (measured in the tests against a full multislice scan).
+doi:10.1016/S1076-5670(00)80013-0). The response of an isolated column is computed by real multislice once for a probe.
+What this leaves out is crosstalk and interference between columns: against full multislice scans the pattern of
+brightness agrees (correlation above 0.99); the common scale agrees to 1 % for SrTiO3, the monolayers come out 11 %
+(MoS2) and 17 % (graphene) too bright.
 """
 
 from __future__ import annotations
