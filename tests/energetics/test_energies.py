@@ -101,12 +101,9 @@ def test_vacuum_has_no_strain_energy(graphene, descriptors):
 
 
 def test_a_wild_strain_is_counted_and_very_uncertain(graphene, descriptors):
-    before = graphene.counts["beyond_limit"]
-    surface = graphene.surface
-    graphene.surface = surface.fork()
+    before = graphene.counts
     said = graphene(descriptors([[0.3, 0.3, 0.0]]))
-    graphene.surface = surface
-    assert graphene.counts["beyond_limit"] == before + 1
+    assert graphene.counts == before | {"beyond_limit": before["beyond_limit"] + 1}
     assert said.sigma[0] > said.value[0]
 
 

@@ -124,6 +124,38 @@ def test_workers_end_with_their_owner(tmp_path):
     assert process.wait(timeout=10) is not None
 
 
+def test_a_worker_does_not_outlive_a_killed_owner(tmp_path):
+    """A calculation of minutes is under way when its owner is killed: the worker is gone within seconds."""
+    code = (
+        "import sys; from ase.build import bulk; from stemloop.energetics import *; from stemloop.energetics.cache "
+        "import Cache; import stemloop.energetics.jobs as jobs; w = Calculations(Cache(sys.argv[1]), workers=1); "
+        "ask = jobs._Worker.ask\n"
+        "def told(self, *a): ask(self, *a); print(self.process.pid, flush=True)\n"
+        "jobs._Worker.ask = told; w.run([Task.of(bulk('Si', cubic=True).repeat(4), 'GFN1-xTB')])"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, env=environment)
+    worker = int(owner.stdout.readline())
+    time.sleep(2)
+    os.kill(worker, 0)  # still at work
+    owner.kill()
+    owner.communicate()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and _runs(worker):
+        time.sleep(0.1)
+    assert not _runs(worker)
+
+
+def _runs(pid):
+    """Whether a process is there and not merely waiting to be collected."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], check=False, capture_output=True, text=True).stdout
+    return not state.strip().startswith("Z")
+
+
 def test_the_ladder_is_climbed_and_its_rung_told(monkeypatch):
     def broken():
         raise RuntimeError("SCF not converged in 1 cycles")

@@ -57,8 +57,10 @@ class StrainEnergy:
     By default the atoms follow the strain affinely ("clamped ions", plane strain: the third axis stays); with
     ``relax_internal`` they relax in the strained cell. A descriptor that may be vacuum, with probability q, has the
     energy ``(1 - q) E`` and the variance of that mixture; where q > 1/2 its strain means nothing and counts as zero.
-    A strain beyond the surface's limit is drawn back to it, its deviation grows by what the gradient makes of the
-    difference, and ``counts["beyond_limit"]`` grows by one.
+    A strain beyond the surface's limit is drawn back to it and asks for no calculation; its deviation is the surface's
+    own out there and what the gradient makes of the difference, and ``counts["beyond_limit"]`` grows by one.
+
+    Elsewhere the surface is refined to 0.3 meV or a tenth of the propagated deviation, whichever is larger.
 
     ``surface`` is the :class:`~stemloop.energetics.surface.Surface` behind it; score a map on ``surface.fork()``.
     """
@@ -123,10 +125,11 @@ class StrainEnergy:
             raise InputError("a descriptor's strain is not a finite number; leave such points out.")
         covariance = descriptors.strain_covariance
         strain = self.surface.within_limit(measured)
-        self.beyond_limit += int(np.any(strain != measured, axis=1).sum())
+        beyond = np.any(strain != measured, axis=1)
+        self.beyond_limit += int(beyond.sum())
         self.surface.refine(np.zeros((1, 3)), np.ones(1))  # the first nodes, without which nothing can be propagated
         _, sigma = propagate(self.surface.answer(strain), covariance)
-        self.surface.refine(strain, np.maximum(3e-4, 0.1 * sigma))
+        self.surface.refine(strain[~beyond], np.maximum(3e-4, 0.1 * sigma)[~beyond])
         answer = self.surface.answer(strain)
         value, sigma = propagate(answer, covariance)
         sigma = sigma + np.abs(np.sum(answer.gradient * (measured - strain), axis=1))

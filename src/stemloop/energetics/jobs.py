@@ -2,16 +2,18 @@
 
 A worker is a fresh Python process that speaks JSON lines: a task in, a result out. It inherits nothing from its parent
 but the environment (so a parent may be a notebook, a server with threads or a script without a main guard), ends when
-its parent does, and is killed when a calculation takes too long.
+its parent does (even in the middle of a calculation), and is killed when a calculation takes too long.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import queue
 import selectors
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -27,15 +29,23 @@ from stemloop.energetics.calculators import Result, Task, calculate
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
+def _listen(tasks: queue.SimpleQueue[str]) -> None:
+    for line in sys.stdin:
+        tasks.put(line)
+    os._exit(0)  # the owner is gone, however it went: nobody waits for what is being calculated
+
+
 def serve() -> None:
     """The worker's life: answer one task a line until the input ends. Whatever an engine prints goes nowhere."""
     answers = os.fdopen(os.dup(1), "w")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    for line in sys.stdin:
+    tasks: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(tasks,), daemon=True).start()
+    while True:
         try:
-            answer: dict[str, Any] = {"result": calculate(Task(**json.loads(line))).to_dict()}
+            answer: dict[str, Any] = {"result": calculate(Task(**json.loads(tasks.get()))).to_dict()}
         except StemloopError as error:
             answer = {"code": error.code, "message": str(error)}
         answers.write(json.dumps(answer) + "\n")

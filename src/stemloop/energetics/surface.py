@@ -245,7 +245,7 @@ class Surface:
             excess[~open_] = 0.0
             if not len(s) or excess.max() <= 1.0:
                 return planned[len(self.nodes) :]
-            worst = int(np.argmax(excess))
+            worst = int(np.argmax(np.round(excess, 6)))
             node = self._useful(s[worst], planned, outermost=excess[worst] > 1e6)
             if node is None:
                 open_[worst] = False
@@ -268,7 +268,7 @@ class Surface:
         if outermost:
             return free[int(np.argmax(np.round(np.abs(free).sum(axis=1) / SPACING)))]
         left = [self._deviation(s[None] / SCALE, self._precision(np.vstack([planned, c])))[0] for c in free]
-        return free[int(np.argmin(left))]
+        return free[int(np.argmin(np.round(left, 12)))]  # equal by symmetry: the first
 
     def _learn(self, nodes: Array) -> None:
         energies, gradients = self._calculate(np.linalg.solve(NATURAL, nodes.T).T)
