@@ -23,17 +23,24 @@ COVERAGE = 0.9545
 _WITHIN = 0.9973
 
 
-def looked(network: Any, examples: Examples, seed: int, mirrors: bool = True) -> Iterator[tuple[Any, ...]]:
-    """(exposure, mean, sigma, phase logits, features) of ``examples`` in batches, as numpy arrays in SI units."""
+def looked(
+    network: Any, examples: Examples, seed: int, dose: float | None = None, blur_px: float | None = None
+) -> Iterator[tuple[Any, ...]]:
+    """(exposure, mean, sigma, phase logits, site logits, features) of ``examples`` in batches, in SI units.
+
+    ``dose`` [electrons] and ``blur_px`` hold for every pattern; None draws them as the training does.
+    """
     torch = torch_module()
     for start in range(0, len(examples), 512):
+        chosen = examples.take(slice(start, start + 512))
         rng = np.random.default_rng([seed, start])
-        batch = exposed(examples.take(slice(start, start + 512)), rng, mirrors=mirrors)
+        each = None if dose is None else np.full(len(chosen), dose)
+        batch = exposed(chosen, rng, each, blur_px)
         with torch.no_grad():
-            mean, log_sigma, phase, _, features = network.features(
+            mean, log_sigma, phase, site, features = network.features(
                 torch.from_numpy(batch["maps"]), torch.from_numpy(batch["condition"])
             )
-        yield batch, mean.numpy() * UNITS, np.exp(log_sigma.numpy()) * UNITS, phase.numpy(), features.numpy()
+        yield batch, mean.numpy() * UNITS, np.exp(log_sigma.numpy()) * UNITS, phase.numpy(), site.numpy(), features
 
 
 def factors(
@@ -69,20 +76,17 @@ def scaled(
     return np.asarray(sigma * ((1 - part) * factor[crystal, :, low] + part * factor[crystal, :, low + 1]))
 
 
-def calibrate(network: Any, held_out: Examples, seed: int) -> tuple[NDArray[np.float64], dict[str, NDArray[Any]]]:
-    """Fit the factors and the network's novelty on ``held_out``; returns the factors and what they were fitted to."""
+def calibrate(network: Any, held_out: Examples, seed: int) -> NDArray[np.float64]:
+    """Fit the network's novelty on ``held_out`` and return the factors of its deviations."""
     torch = torch_module()
     parts: list[tuple[Any, ...]] = []
-    for batch, mean, sigma, phase, features in looked(network, held_out, seed):
-        parts.append((mean - batch["labels"], sigma, batch["phase"], batch["dose"], phase.argmax(1), features))
+    for batch, mean, sigma, phase, _, features in looked(network, held_out, seed):
+        parts.append((mean - batch["labels"], sigma, batch["phase"], batch["dose"], phase.argmax(1), features.numpy()))
     error, sigma, phase, dose, named, features = (np.concatenate(p) for p in zip(*parts, strict=True))
     right = named == phase
-    centre, whiten, reach = _familiar(features[right], phase[right])
-    network.centre.copy_(torch.from_numpy(centre))
-    network.whiten.copy_(torch.from_numpy(whiten))
-    network.reach.copy_(torch.from_numpy(reach))
-    factor = factors(error[right], sigma[right], phase[right], dose[right])
-    return factor, {"error": error, "sigma": scaled(sigma, named, dose, factor), "phase": phase, "dose": dose}
+    for name, value in zip(("centre", "whiten", "reach"), _familiar(features[right], phase[right]), strict=True):
+        getattr(network, name).copy_(torch.from_numpy(value))
+    return factors(error[right], sigma[right], phase[right], dose[right])
 
 
 def _familiar(

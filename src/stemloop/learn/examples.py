@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter1d
 
 from stemloop.core.errors import InputError
 from stemloop.core.structure import PHASES
@@ -31,8 +32,7 @@ BLUR_WEIGHT = 0.15
 
 @dataclass(frozen=True)
 class Examples:
-    """``n`` labelled patterns without noise; see the page's head for shapes and units. ``field`` (n,) tells which
-    simulated field each came from, so that no field is both learnt and tested."""
+    """``n`` labelled patterns without noise; see the page's head for shapes and units."""
 
     patterns: NDArray[np.float16]
     deformation: NDArray[np.float64]
@@ -42,7 +42,6 @@ class Examples:
     site: NDArray[np.int64]
     energy_eV: NDArray[np.float64]
     semiangle_rad: NDArray[np.float64]
-    field: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.phase)
@@ -72,27 +71,13 @@ def load(folder: Path) -> Examples:
     shards = sorted(Path(folder).glob("*.npz"))
     if not shards:
         raise InputError(f"no training shards in {folder}: make some with ./scripts/train cbed --examples N.")
-    names = [f.name for f in fields(Examples) if f.name != "field"]
-    parts: dict[str, list[Any]] = {name: [] for name in [*names, "field"]}
-    for number, path in enumerate(shards):
+    names = [f.name for f in fields(Examples)]
+    parts: dict[str, list[Any]] = {name: [] for name in names}
+    for path in shards:
         with np.load(path) as shard:
             for name in names:
                 parts[name].append(shard[name])
-            parts["field"].append(np.full(len(shard["phase"]), number))
     return Examples(**{name: np.concatenate(arrays) for name, arrays in parts.items()})
-
-
-def split(examples: Examples, held_out: float, seed: int) -> tuple[Examples, Examples]:
-    """(learnt, held out) examples, parted by whole fields and evenly over phases."""
-    rng = np.random.default_rng(seed)
-    first = np.unique(examples.field, return_index=True)[1]
-    kind = examples.phase[first]
-    out = [
-        rng.permutation(examples.field[first][kind == k])[: max(1, round(held_out * int(np.sum(kind == k))))]
-        for k in np.unique(kind)
-    ]
-    held = np.isin(examples.field, np.concatenate(out))
-    return examples.take(~held), examples.take(held)
 
 
 def _blurred(patterns: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -116,20 +101,23 @@ def exposed(
     examples: Examples,
     rng: np.random.Generator,
     dose: NDArray[np.float64] | None = None,
-    blur: bool = True,
+    blur_px: float | None = None,
     mirrors: bool = True,
 ) -> dict[str, NDArray[Any]]:
     """One exposure of each example: blurred, mirrored, counted, and turned into what the network takes.
 
-    ``dose`` (n,) electrons; drawn log-uniformly over :data:`DOSE_RANGE` if None. Returns ``counts``, ``maps``,
+    ``dose`` (n,) electrons; drawn log-uniformly over :data:`DOSE_RANGE` if None. ``blur_px`` is the rms of a Gaussian
+    detector blur [px]; drawn, up to that of :data:`BLUR_WEIGHT`, if None. Returns ``counts``, ``maps``,
     ``condition``, ``labels`` (n, 7), ``phase``, ``site``, ``dose``.
     """
     n = len(examples)
     dose = np.exp(rng.uniform(*np.log(DOSE_RANGE), n)) if dose is None else np.asarray(dose, dtype=np.float64)
     clean = examples.patterns.astype(np.float32)
     labels = examples.labels
-    if blur:
+    if blur_px is None:
         clean = _blurred(clean, rng.uniform(0, BLUR_WEIGHT, n).astype(np.float32))
+    elif blur_px > 0:
+        clean = gaussian_filter1d(gaussian_filter1d(clean, blur_px, axis=1), blur_px, axis=2)
     if mirrors:
         clean, labels = _scattered(clean, labels, examples.phase, rng)
     counts = poisson(clean * (dose / SCALE)[:, None, None].astype(np.float32), rng)

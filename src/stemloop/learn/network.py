@@ -117,14 +117,17 @@ def build(width: int = 192) -> Any:
             )
             return mean, log_sigma, phase, site, torch.cat([look, features], 1)
 
+        def distance(self, features: Any, named: Any) -> Any:
+            """Novelty: how far (n, k) features lie from those of the training set's phase ``named`` (n,), 3 at the
+            edge of what is usual (a Mahalanobis distance in :data:`NOVELTY_DIMENSIONS` directions)."""
+            chosen = nn.functional.one_hot(torch.as_tensor(named), len(PHASES)).to(features.dtype)
+            at = torch.einsum("nk,pkd->npd", features, self.whiten)
+            away = at - torch.einsum("pk,pkd->pd", self.centre, self.whiten)
+            return 3 * ((away.square().mean(2).sqrt() / self.reach) * chosen).sum(1)
+
         def forward(self, maps: Any, known: Any) -> tuple[Any, ...]:
             mean, log_sigma, phase, site, features = self.features(maps, known)
-            chosen = nn.functional.one_hot(phase.argmax(1), len(PHASES)).to(maps.dtype)
-            away = torch.einsum("nk,pkd->npd", features, self.whiten) - torch.einsum(
-                "pk,pkd->pd", self.centre, self.whiten
-            )
-            distance = away.square().mean(2).sqrt() / self.reach
-            novelty = 3 * (distance * chosen).sum(1)
+            novelty = self.distance(features, phase.argmax(1))
             return mean, log_sigma.exp(), phase.softmax(1), site.softmax(1), novelty
 
     return Network()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,10 +19,11 @@ GUESS_ERRORS = (0.1, 0.4, 1.5)
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train: ``epochs`` passes in batches of ``batch``, the highest ``rate`` of a one-cycle schedule, hidden
-    ``width``, ``threads`` of torch, ``seed`` of everything."""
+    """How to train: ``epochs`` passes in batches of ``batch``, over ``exposures`` noisy versions of each pattern in
+    turn, the highest ``rate`` of a one-cycle schedule, hidden ``width``, ``threads`` of torch, ``seed`` of all."""
 
-    epochs: int = 12
+    epochs: int = 24
+    exposures: int = 3
     batch: int = 256
     rate: float = 1.5e-3
     width: int = 192
@@ -35,20 +34,34 @@ class Settings:
 Report = Callable[[int, int, dict[str, float]], None]
 
 
-def _batches(examples: Examples, settings: Settings, epoch: int, skip: int = 0) -> Iterator[dict[str, Any]]:
-    """Exposures of all examples in a random order, made one ahead in a thread of its own."""
-    order = np.random.default_rng([settings.seed, epoch]).permutation(len(examples))
-    starts = range(skip * settings.batch, len(order) - settings.batch // 2, settings.batch)
-    ready: queue.Queue[dict[str, Any]] = queue.Queue(maxsize=2)
+class _Exposures:
+    """Each example exposed :attr:`Settings.exposures` times, in turn by epoch, and kept (as float16): counting noise
+    costs more time than learning from it. The guesses of the second look are drawn anew at every visit."""
 
-    def fill() -> None:
-        for start in starts:
-            rng = np.random.default_rng([settings.seed, epoch, start])
-            ready.put(exposed(examples.take(order[start : start + settings.batch]), rng))
+    def __init__(self, examples: Examples, settings: Settings) -> None:
+        self._examples, self._settings = examples, settings
+        self._made: dict[int, dict[str, Any]] = {}
 
-    threading.Thread(target=fill, daemon=True).start()
-    for _ in starts:
-        yield ready.get()
+    def _make(self, number: int) -> dict[str, Any]:
+        parts: list[dict[str, Any]] = []
+        for start in range(0, len(self._examples), 256):
+            rng = np.random.default_rng([self._settings.seed, number, start])
+            part = exposed(self._examples.take(slice(start, start + 256)), rng)
+            del part["counts"]
+            parts.append({**part, "maps": part["maps"].astype(np.float16)})
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+    def batches(self, epoch: int, skip: int = 0) -> Iterator[dict[str, Any]]:
+        """The batches of an epoch in a random order, without the first ``skip``."""
+        number, size = epoch % self._settings.exposures, self._settings.batch
+        if number not in self._made:
+            self._made[number] = self._make(number)
+        made = self._made[number]
+        order = np.random.default_rng([self._settings.seed, epoch]).permutation(len(self._examples))
+        for start in range(skip * size, len(order) - size // 2, size):
+            chosen = order[start : start + size]
+            batch = {key: value[chosen] for key, value in made.items()}
+            yield {**batch, "maps": batch["maps"].astype(np.float32)}
 
 
 def _gaussian(torch: Any, error: Any, log_sigma: Any) -> Any:
@@ -85,28 +98,39 @@ def loss(network: Any, batch: dict[str, Any], generator: Any) -> tuple[Any, dict
     return total, {key: float(value.detach()) for key, value in parts.items()}
 
 
-def train(examples: Examples, settings: Settings, checkpoint: Path, resume: bool, report: Report) -> Any:
+def train(
+    examples: Examples,
+    settings: Settings,
+    checkpoint: Path,
+    resume: bool,
+    report: Report,
+    start: Path | None = None,
+) -> Any:
     """Train a network on ``examples``; ``report(step, steps, parts of the loss)`` is called about every 20 steps.
 
     After every epoch (and every 200 steps) the whole state is written to ``checkpoint``, and ``resume`` goes on from
-    it: the order and the noise of each batch come from (seed, epoch, batch), so a training that was interrupted sees
-    what it would have seen. Returns the network with the running mean of its weights (over 500 steps, fewer at first).
+    it: order and noise come from (seed, epoch) alone, so a training that was interrupted sees what it would have seen.
+    ``start`` is a checkpoint of an earlier training whose weights are the first ones of this. Returns the network with
+    the running mean of its weights (over 500 steps, fewer at first).
     """
     torch = torch_module()
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     network = build(settings.width)
+    if start is not None:
+        network.load_state_dict(torch.load(start, weights_only=True)["network"])
     average = torch.optim.swa_utils.AveragedModel(network, avg_fn=_running_mean)
     optimiser = torch.optim.AdamW(network.parameters(), lr=settings.rate, weight_decay=0.02)
     per_epoch = len(range(0, len(examples) - settings.batch // 2, settings.batch))
     steps = settings.epochs * per_epoch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.rate, total_steps=steps + 1, pct_start=0.1)
     generator = torch.Generator().manual_seed(settings.seed)
+    exposures = _Exposures(examples, settings)
     state = {"network": network, "average": average, "optimiser": optimiser, "schedule": schedule}
     step = _restored(checkpoint, settings, len(examples), state, generator) if resume else 0
     network.train()
     while step < steps:
-        for batch in _batches(examples, settings, step // per_epoch, step % per_epoch):
+        for batch in exposures.batches(step // per_epoch, step % per_epoch):
             total, parts = loss(network, batch, generator)
             optimiser.zero_grad()
             total.backward()

@@ -2,20 +2,22 @@
 
 Each specimen ("field") is a patch of one material with a random uniform strain and rotation, random smooth strain on
 top, defects, thickness and tilt, seen at a random beam energy; each of its positions has one of eight random beams
-(semiangle, defocus, source). The ranges are the constants of this page. A field is drawn from (seed, number) alone, so
+(semiangle, defocus, source). :class:`Ranges` says how much of each. A field is drawn from (seed, number) alone, so
 any part of a set can be made again, on any machine, in any order.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stemloop.core.structure import PHASES, SITES
+from stemloop.core.structure import PHASES
 from stemloop.core.units import ANGSTROM_M, wavelength_m
 from stemloop.simulate.crystals import crystal
 from stemloop.simulate.elasticity import Field, Periodic, Uniform, long_waves, relax, strain_and_rotation
@@ -28,23 +30,39 @@ Array = NDArray[np.float64]
 FIELD_A = 60.0
 POSITIONS = {"MoS2": 200, "graphene": 200, "SrTiO3": 80, "vacuum": 200}
 BEAMS = 8
-#: Deviation and bound of each component of the uniform strain, and of the whole rotation [rad].
-STRAIN = (0.016, 0.042)
-ROTATION_RAD = (np.deg2rad(4.0), np.deg2rad(8.0))
-#: Range of the rms of each component of the smooth strain, and of its shortest wavelength [A].
-WAVES = (0.001, 0.012)
-SHORTEST_A = (22.0, 60.0)
-#: Deviation and bound of each tilt [rad].
-TILT_RAD = (np.deg2rad(0.65), np.deg2rad(1.5))
-#: Ranges of beam energy [eV], disc radius (semiangle / wavelength) [1/A], defocus C10 [m] and source FWHM [m].
-ENERGY_EV = (60e3, 300e3)
-RADIUS_PER_A = (0.08, 0.28)
-C10_M = (-30e-9, 30e-9)
-SOURCE_M = (0.0, 1.5e-10)
-#: Repeats of SrTiO3 along the beam (3.905 A each).
-LAYERS = (3, 15)
+#: Frozen-phonon configurations of a field, each seen by one point of the source.
+PHONONS = {"MoS2": 6, "graphene": 6, "SrTiO3": 3}
+#: The largest number of vacancies in a field and its margin (12500 A^2).
+VACANCIES = {"MoS2": 90, "graphene": 40}
 #: What is usual for each material: energy [eV] and semiangle [rad]. Two of five beams are drawn around it.
 USUAL = {"MoS2": (80e3, 7e-3), "graphene": (60e3, 9e-3), "SrTiO3": (200e3, 3e-3), "vacuum": (80e3, 7e-3)}
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What is drawn at random.
+
+    strain, rotation_rad, tilt_rad : (deviation, bound) of the normal deviates of each component of the uniform
+    strain, the whole rotation and each tilt. waves, shortest_A : (least, largest) rms of a component of the smooth
+    strain, and shortest wavelength [A]. energy_eV, radius_per_A (semiangle / wavelength), C10_m, source_m (FWHM),
+    layers (repeats of SrTiO3, 3.905 A each) : (least, largest). usual : share of energies and of semiangles that are
+    drawn around :data:`USUAL`.
+    """
+
+    strain: tuple[float, float] = (0.016, 0.042)
+    rotation_rad: tuple[float, float] = (math.radians(4.0), math.radians(8.0))
+    tilt_rad: tuple[float, float] = (math.radians(0.65), math.radians(1.5))
+    waves: tuple[float, float] = (0.001, 0.012)
+    shortest_A: tuple[float, float] = (22.0, 60.0)
+    energy_eV: tuple[float, float] = (60e3, 300e3)
+    radius_per_A: tuple[float, float] = (0.08, 0.28)
+    C10_m: tuple[float, float] = (-30e-9, 30e-9)
+    source_m: tuple[float, float] = (0.0, 1.5e-10)
+    layers: tuple[int, int] = (3, 15)
+    usual: float = 0.4
+
+
+USUALLY = Ranges()
 
 
 class _Together:
@@ -68,35 +86,35 @@ def _bounded(rng: np.random.Generator, deviation_and_bound: tuple[float, float],
     return drawn
 
 
-def _waves(rng: np.random.Generator, poisson: float, side_A: float) -> Periodic:
+def _waves(rng: np.random.Generator, ranges: Ranges, poisson: float, side_A: float) -> Periodic:
     box = 1.7 * side_A
-    wave = relax(long_waves(rng, 128, box, rng.uniform(*SHORTEST_A)), box, poisson)
+    wave = relax(long_waves(rng, 128, box, rng.uniform(*ranges.shortest_A)), box, poisson)
     points = MARGIN_A + rng.uniform(0, FIELD_A, (200, 2))
     strain, _ = strain_and_rotation(wave.gradient(points))
-    return wave.scaled(rng.uniform(*WAVES) / float(strain.std()))
+    return wave.scaled(rng.uniform(*ranges.waves) / float(strain.std()))
 
 
-def random_field(material: str, rng: np.random.Generator) -> Sample:
-    """A random specimen of ``material`` (see the page's head)."""
+def random_field(material: str, rng: np.random.Generator, ranges: Ranges = USUALLY) -> Sample:
+    """A random specimen of ``material``."""
     size = box_A((FIELD_A, FIELD_A))
-    e_xx, e_yy, e_xy = _bounded(rng, STRAIN, 3) * np.array([1, 1, 0.7])
+    e_xx, e_yy, e_xy = _bounded(rng, ranges.strain, 3) * np.array([1, 1, 0.7])
     middle = (size[0] / 2, size[1] / 2)
-    waves = _waves(rng, crystal(material).poisson, size[0])
+    waves = _waves(rng, ranges, crystal(material).poisson, size[0])
     strain = _Together(Uniform(e_xx, e_yy, e_xy, centre_A=middle), waves)
     holes, strangers, layers, shuffle = 0, 0, None, None
     if material == "SrTiO3":
-        layers = int(rng.integers(LAYERS[0], LAYERS[1] + 1))
+        layers = int(rng.integers(ranges.layers[0], ranges.layers[1] + 1))
         polar = rng.choice([0.0, 1.0]) * rng.uniform(-0.2, 0.2, 2)
         shuffle = {"Ti": lambda points: np.broadcast_to(polar, points.shape)}
     else:
-        holes = int(rng.integers(0, 40))
+        holes = int(rng.integers(0, VACANCIES[material]))
         strangers = int(rng.integers(0, 30)) if material == "graphene" else 0
     return build(
         material,
         (FIELD_A, FIELD_A),
         strain,
         seed=int(rng.integers(2**31)),
-        rotation_rad=float(_bounded(rng, ROTATION_RAD, 1)[0]),
+        rotation_rad=float(_bounded(rng, ranges.rotation_rad, 1)[0]),
         vacancies=holes,
         dopants=strangers,
         layers=layers,
@@ -104,19 +122,21 @@ def random_field(material: str, rng: np.random.Generator) -> Sample:
     )
 
 
-def _energy(material: str, rng: np.random.Generator) -> float:
-    return USUAL[material][0] if rng.uniform() < 0.4 else float(np.exp(rng.uniform(*np.log(ENERGY_EV))))
+def _energy(material: str, rng: np.random.Generator, ranges: Ranges) -> float:
+    if rng.uniform() < ranges.usual:
+        return USUAL[material][0]
+    return float(np.exp(rng.uniform(*np.log(ranges.energy_eV))))
 
 
-def _beam(material: str, energy_eV: float, rng: np.random.Generator) -> tuple[float, float, float]:
+def _beam(material: str, energy_eV: float, rng: np.random.Generator, ranges: Ranges) -> tuple[float, float, float]:
     """(semiangle [rad], C10 [m], source FWHM [m]) of a random beam."""
     wavelength_A = wavelength_m(energy_eV) / ANGSTROM_M
     usual_eV, usual_rad = USUAL[material]
-    radius = float(rng.uniform(*RADIUS_PER_A))
-    if rng.uniform() < 0.4:
+    radius = float(rng.uniform(*ranges.radius_per_A))
+    if rng.uniform() < ranges.usual:
         radius = float(usual_rad / (wavelength_m(usual_eV) / ANGSTROM_M) * rng.uniform(0.9, 1.1))
-    defocus = rng.uniform(*C10_M) * rng.choice([0.15, 1.0])
-    return radius * wavelength_A, float(defocus), float(rng.uniform(*SOURCE_M))
+    defocus = rng.uniform(*ranges.C10_m) * rng.choice([0.15, 1.0])
+    return radius * wavelength_A, float(defocus), float(rng.uniform(*ranges.source_m))
 
 
 def _positions(sample: Sample, n: int, rng: np.random.Generator) -> Array:
@@ -139,40 +159,46 @@ def deformation(sample: Sample, positions: Array) -> Array:
     return np.asarray(gradient @ np.array([[c, -s], [s, c]]))
 
 
-def examples(material: str, number: int, seed: int) -> dict[str, NDArray[Any]]:
+def examples(
+    material: str, number: int, seed: int, ranges: Ranges = USUALLY, positions: int | None = None
+) -> dict[str, NDArray[Any]]:
     """All patterns of field ``number`` of ``material`` and their labels, as arrays with one entry a position.
 
-    ``patterns`` float16: fraction of the incident electrons in each pixel, times 1000. ``deformation``, ``thickness_m``,
-    ``tilt_rad`` (y, x), ``phase``, ``site``, ``energy_eV``, ``semiangle_rad``, ``C10_m``, ``source_fwhm_m``.
+    ``patterns`` float16: fraction of the incident electrons in each pixel, times 1000. ``deformation``,
+    ``thickness_m``, ``tilt_rad`` (y, x), ``phase``, ``site``, ``energy_eV``, ``semiangle_rad``, ``C10_m``,
+    ``source_fwhm_m``.
     """
     rng = np.random.default_rng([seed, PHASES.index(material), number])
-    n, energy_eV = POSITIONS[material], _energy(material, rng)
-    beams = [_beam(material, energy_eV, rng) for _ in range(BEAMS)]
+    n, energy_eV = positions or POSITIONS[material], _energy(material, rng, ranges)
+    beams = [_beam(material, energy_eV, rng, ranges) for _ in range(BEAMS)]
     which = rng.integers(BEAMS, size=n)
-    tilt = _bounded(rng, TILT_RAD, 2 * BEAMS).reshape(BEAMS, 2)
+    tilt = _bounded(rng, ranges.tilt_rad, 2 * BEAMS).reshape(BEAMS, 2)
     labels: dict[str, NDArray[Any]] = {
         "tilt_rad": tilt[which],
         "phase": np.full(n, PHASES.index(material)),
         "energy_eV": np.full(n, energy_eV),
-        **{key: np.array([b[i] for b in beams])[which] for i, key in enumerate(("semiangle_rad", "C10_m", "source_fwhm_m"))},
+        **{
+            key: np.array([b[i] for b in beams])[which]
+            for i, key in enumerate(("semiangle_rad", "C10_m", "source_fwhm_m"))
+        },
     }
     if material == "vacuum":
         patterns = np.stack([vacuum(beams[b][0], energy_eV) for b in which])
         nothing = {"deformation": np.tile(np.eye(2), (n, 1, 1)), "thickness_m": np.zeros(n), "site": np.zeros(n, int)}
         return {**labels, **nothing, "tilt_rad": np.zeros((n, 2)), "patterns": _small(patterns)}
-    sample = random_field(material, rng)
-    positions = _positions(sample, n, rng)
-    scattering = Scattering(sample, energy_eV, phonons=(3, int(rng.integers(2**31))))
+    sample = random_field(material, rng, ranges)
+    places = _positions(sample, n, rng)
+    count = PHONONS[material]
+    scattering = Scattering(sample, energy_eV, phonons=(count, int(rng.integers(2**31))), source_points=count)
     patterns = np.empty((n, CBED_PIXELS, CBED_PIXELS), np.float32)
     for b in range(BEAMS):
         for i in np.flatnonzero(which == b):
             semiangle, defocus, source = beams[b]
-            y, x = positions[i]
+            y, x = places[i]
             patterns[i] = scattering.cbed((y, x), semiangle, defocus, (tilt[b, 0], tilt[b, 1]), source)
-    labels["deformation"] = deformation(sample, positions)
+    labels["deformation"] = deformation(sample, places)
     labels["thickness_m"] = np.full(n, sample.thickness_m)
-    labels["site"] = sample.truth(positions).site.argmax(axis=1)
-    assert labels["site"].max() < len(SITES)
+    labels["site"] = sample.truth(places).site.argmax(axis=1)
     return {**labels, "patterns": _small(patterns)}
 
 
@@ -189,19 +215,21 @@ def _small(patterns: NDArray[np.float32]) -> NDArray[np.float16]:
     return (patterns * 1000).astype(np.float16)
 
 
-def write(folder: Path, patterns: dict[str, int], seed: int) -> Iterator[tuple[int, int]]:
-    """Write shards until ``folder`` holds the asked number of ``patterns`` of each material; those that are there stay.
+def write(
+    folder: Path, fields: dict[str, int], seed: int, ranges: Ranges = USUALLY, positions: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Write a shard for each of the asked number of ``fields`` of each material; those that are in ``folder`` stay.
 
-    Materials take turns, so that a set that is interrupted is balanced. Yields (shards done, shards in all).
+    ``positions`` of each field, default :data:`POSITIONS`. Materials take turns, so that a set that is interrupted is
+    balanced. Yields (shards done, shards in all).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    fields = {m: int(np.ceil(n / POSITIONS[m])) for m, n in patterns.items()}
     turns = sorted((number / count, m, number) for m, count in fields.items() for number in range(count))
     for done, (_, material, number) in enumerate(turns):
         path = folder / f"{material}-{seed}-{number:05d}.npz"
         if not path.exists():
             scratch = path.with_suffix(".part")
             with scratch.open("wb") as file:
-                np.savez(file, **examples(material, number, seed))  # type: ignore[arg-type]
+                np.savez(file, **examples(material, number, seed, ranges, positions))  # type: ignore[arg-type]
             scratch.replace(path)
         yield done + 1, len(turns)
