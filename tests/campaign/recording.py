@@ -43,7 +43,7 @@ def write_recording(path: Path, shape=(12, 10), seed=0, spoil=None) -> Path:
         "metadata": {"General": {"title": "test"}, "Signal": {"signal_type": "EELS"}},
         "original_metadata": {},
         "attributes": {"_lazy": False, "ragged": False},
-        "package": "", "package_version": "", "models": {}, "learning_results": {}, "tmp_parameters": {},
+        "package": "", "package_version": "", "models": {}, "learning_results": {}, "tmp_parameters": {}, "package_info": {},
     }
     file_writer(str(path), signal)
     return path

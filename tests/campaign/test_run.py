@@ -12,6 +12,7 @@ import pytest
 
 from campaign.recording import titanium_map, write_recording
 from stemloop.campaign.journal import Journal
+from stemloop.instrument.spool import Journal as SpoolJournal
 
 TARGET = "400"
 
@@ -49,12 +50,13 @@ def decisions(folder):
 
 
 def exposed_positions(folder):
-    """What the instrument's side really exposed, by its own audit."""
+    """What the instrument's side began to expose, by its own spool."""
+    spool = SpoolJournal(folder / "instrument" / "spool.log")
     positions = []
-    for line in (folder / "instrument" / "audit.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if record.get("exposed"):
-            positions += [tuple(p) for p in record["instruction"]["positions_m"]]
+    for _, record in spool:
+        if record["record"] == "intent":
+            positions += [tuple(p) for p in record["instruction"].get("positions_m", [])]
+    spool.close()
     return positions
 
 
@@ -88,28 +90,43 @@ def test_every_byte_of_a_finished_run_is_verified(finished):
     assert "intact" in done.stdout
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_at_random_moments_it_decides_as_if_it_had_not_been(recording, finished, tmp_path, seed):
-    folder, rng = tmp_path / "killed", np.random.default_rng(seed)
-    words = ("run", "eels-map", "--instrument", f"replay:{recording}", "--target-sigma", TARGET, "--out", folder)
-    process, kills = start(*words), 0
+def run_under_fire(folder, words, rng, kills, also_the_instrument=False):
+    """Start a run, SIGKILL it (or its instrument as well) at ``kills`` random moments, resume it each time to its end;
+    return how often it was killed."""
+    process, done = start(*words), 0
     while process.poll() is None:
         wanted = len(known_records(folder)) + int(rng.integers(1, 8))
         while process.poll() is None and len(known_records(folder)) < wanted:
             time.sleep(0.002)
         time.sleep(float(rng.uniform(0, 0.03)))
-        if process.poll() is None and kills < 8:
-            if kills % 3 == 2:
+        if process.poll() is None and done < kills:
+            if also_the_instrument:
                 kill_instrument(folder)
             process.send_signal(signal.SIGKILL)
             process.wait()
-            kills += 1
+            done += 1
             process = start("resume", folder)
     assert process.returncode == 0, process.stderr.read().decode()
-    assert kills >= 3
+    return done
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_moments_it_decides_as_if_it_had_not_been(recording, finished, tmp_path, seed):
+    folder = tmp_path / "killed"
+    words = ("run", "eels-map", "--instrument", f"replay:{recording}", "--target-sigma", TARGET, "--out", folder)
+    assert run_under_fire(folder, words, np.random.default_rng(seed), kills=6) >= 3
     assert decisions(folder) == decisions(finished[0])
     positions = exposed_positions(folder)
     assert len(positions) == len(set(positions))
+
+
+def test_killed_together_with_its_instrument_it_exposes_nothing_twice(recording, tmp_path):
+    folder = tmp_path / "killed"
+    words = ("run", "eels-map", "--instrument", f"replay:{recording}", "--target-sigma", TARGET, "--out", folder)
+    assert run_under_fire(folder, words, np.random.default_rng(9), kills=4, also_the_instrument=True) >= 2
+    positions = exposed_positions(folder)
+    assert len(positions) == len(set(positions))
+    assert json.loads((folder / "summary.json").read_text())["stop_reason"] == "uncertainty"
 
 
 def known_records(folder):

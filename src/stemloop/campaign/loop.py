@@ -235,9 +235,10 @@ class Experiment:
         frames, exposure = self.site.expose(instruction, f"batch-{key}", self.watch)
         known = self.site.journal.find("result", key)
         if known is None:
-            found = self.recipe.interpret(frames, exposure, self.watch)
+            nothing: dict[str, Any] = {"value": [None] * len(index), "sigma": [None] * len(index)}
+            found = nothing if frames is None else self.recipe.interpret(frames, exposure, self.watch)
             known = self.site.journal.append("result", key, **found)
-        else:
+        elif frames is not None:
             self.recipe.replay(known)
         value = [float("nan") if v is None else v for v in known["value"]]
         sigma = [float("nan") if s is None else s for s in known["sigma"]]

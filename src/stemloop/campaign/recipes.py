@@ -17,7 +17,7 @@ from stemloop.campaign.grid import Grid, nyquist_grid, recorded_grid
 from stemloop.campaign.settings import Settings
 from stemloop.campaign.site import Site
 from stemloop.campaign.stopwatch import Stopwatch
-from stemloop.core.errors import InputError
+from stemloop.core.errors import InputError, OutcomeUnknown
 from stemloop.core.instruction import Diffraction, Image, Instruction, Optics, Spectrum
 from stemloop.core.protocols import InstrumentInfo
 from stemloop.core.registry import Registry
@@ -74,7 +74,7 @@ class Recipe:
     places themselves), and ``raster_points`` the number of points of the full raster at Nyquist."""
 
     name: ClassVar[str] = ""
-    property: ClassVar[str] = ""
+    quantity: ClassVar[str] = ""
     kind: ClassVar[str] = ""
     unit: str = ""
     target_sigma: float = 1.0
@@ -181,6 +181,8 @@ class DiffractionRecipe(Recipe):
         )
         asked = Image((0.0, 0.0), (height, width), shape, self.overview_dwell_s)
         frames, _ = site.expose(asked, "overview", watch)
+        if frames is None:
+            raise OutcomeUnknown("the overview was begun and never seen to end; it is not exposed again: start a new run.")
         with watch("describe"):
             image = np.asarray(frames[0], float)
             pixel_m = height / shape[0]
@@ -233,7 +235,7 @@ class StrainEnergy(DiffractionRecipe):
     """Strain energy a unit cell over the field: CBED -> local strain tensor -> strained crystal -> calculator."""
 
     name: ClassVar[str] = "strain-energy"
-    property: ClassVar[str] = "strain energy"
+    quantity: ClassVar[str] = "strain energy"
     unit: str = "eV/cell"
     target_sigma: float = 8e-3
 
@@ -265,7 +267,7 @@ class DefectEnergy(DiffractionRecipe):
     """
 
     name: ClassVar[str] = "defect-energy"
-    property: ClassVar[str] = "formation energy of the site"
+    quantity: ClassVar[str] = "formation energy of the site"
     unit: str = "eV"
     target_sigma: float = 0.5
     initial: int = 20
@@ -320,7 +322,7 @@ class EelsMap(Recipe):
     """A map of a background-subtracted core-loss integral over recorded or live spectra."""
 
     name: ClassVar[str] = "eels-map"
-    property: ClassVar[str] = "edge integral"
+    quantity: ClassVar[str] = "edge integral"
     kind: ClassVar[str] = "spectrum"
     unit: str = "counts"
     initial: int = 16
@@ -330,6 +332,7 @@ class EelsMap(Recipe):
     def prepare(self, site: Site, settings: Settings, watch: Stopwatch) -> None:
         info = site.scope.info
         self._need(info)
+        self.current_A = float(site.scope.state().get("current_A", self.current_A))
         self.scalarize = SCALARIZERS[settings.scalarizer or "Ti-L23"]
         self.unit = self.scalarize.unit
         self.grid = recorded_grid(info) if info.positions_m is not None else nyquist_grid(info, 20e-3)

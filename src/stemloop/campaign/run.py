@@ -124,7 +124,7 @@ class Run:
             "instrument": self.settings.instrument,
             "specimen": self.settings.specimen,
             "seed": self.settings.seed,
-            "property": self.recipe.property,
+            "property": self.recipe.quantity,
             "unit": self.recipe.unit,
             "points": len(experiment.data.index),
             "raster_points": self.recipe.raster_points,
@@ -144,7 +144,7 @@ class Run:
         calibrations = {
             r["calibration"]["stream"]: r["calibration"]
             for r in self.site.journal.records
-            if r["kind"] == "exposure"
+            if r["kind"] == "exposure" and not r["lost"]
         }
         run = {"id": self.site.run_id, "settings": self.settings.to_dict(), "summary": self.summary}
         files.seal(self.site.log.batches(), self.directory / "frames.h5", run=run, calibrations=calibrations)
@@ -162,7 +162,7 @@ class Run:
             "value_sigma": np.array(data.sigma),
             "history": self.experiment.history,
             "unit": recipe.unit,
-            "property": recipe.property,
+            "property": recipe.quantity,
         }
         if recipe.overview is not None:
             maps["overview"] = recipe.overview.image

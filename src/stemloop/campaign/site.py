@@ -32,8 +32,10 @@ from stemloop.core import instruction as instructions
 from stemloop.core.errors import (
     InputError,
     InstrumentError,
+    IntegrityError,
     LeaseError,
     NotAuthorised,
+    OutcomeUnknown,
     StemloopError,
     StorageError,
     from_code,
@@ -48,6 +50,7 @@ from stemloop.stream.landing import LandingLog
 IDLE_EXIT_S = 60.0
 #: How long the lease outlives a loop that was killed.
 LEASE_TTL_S = 3.0
+CONNECT_PATIENCE_S = 2.0
 ANY_PORT = "tcp://127.0.0.1:*"
 START_LIMIT_S = 180.0
 
@@ -118,8 +121,14 @@ class Site:
             self._start_host()
         deadline = time.monotonic() + START_LIMIT_S
         while True:
+            if self._host is not None and not (self._folder / "address.json").exists():
+                self._raise_if_host_failed()
+                if time.monotonic() > deadline:
+                    raise InstrumentError(f"the instrument did not start; see {self._folder / 'log.txt'}.")
+                time.sleep(0.02)
+                continue
             try:
-                return connect(self._folder, lease=True, ttl_s=LEASE_TTL_S, patience_s=0.0)
+                return connect(self._folder, lease=True, ttl_s=LEASE_TTL_S, patience_s=CONNECT_PATIENCE_S)
             except LeaseError:
                 if self._host is not None or time.monotonic() > deadline:
                     raise
@@ -152,11 +161,12 @@ class Site:
             )
 
     def _raise_if_host_failed(self) -> None:
+        ended = self._host is not None and self._host.poll() is not None
         failed = self._folder / "failed.json"
         if failed.exists():
             wire = json.loads(failed.read_text())
             raise from_code(wire["code"], wire["message"])
-        if self._host is not None and self._host.poll() is not None:
+        if ended:
             raise InstrumentError(f"the instrument's process ended at its start; see {self._folder / 'log.txt'}.")
 
     @property
@@ -184,22 +194,31 @@ class Site:
 
     def expose(
         self, instruction: Instruction, command_id: str, watch: Stopwatch
-    ) -> tuple[NDArray[Any], dict[str, Any]]:
+    ) -> tuple[NDArray[Any] | None, dict[str, Any]]:
         """Carry out an exposing instruction exactly once in the life of the run; return its durable frames and the
-        journal's record of the exposure."""
+        journal's record of the exposure. Frames of an exposure whose outcome nobody knows are None: it counts as
+        exposed and is not repeated."""
         wire = instructions.to_dict(instruction)
         asked = self.journal.once("command", command_id, lambda: {"instruction": wire})
         if instructions.from_dict(asked["instruction"]) != instruction:
-            raise StemloopError(f"the journal holds another command under {command_id}; the run was changed.")
+            raise IntegrityError(f"the journal holds another command under {command_id}; the run was changed.")
         record = self.journal.find("exposure", command_id)
-        if record is None:
+        if record is not None:
+            return (None if record["lost"] else self._frames(record["calibration"])), record
+        try:
             with watch("expose"):
                 exposure = self.scope.execute(instruction, command_id, data="stream")
-            with watch("land"):
-                frames = self._frames(exposure.calibration)
-            record = self.journal.append("exposure", command_id, **self._exposed(instruction, exposure))
-            return frames, record
-        return self._frames(record["calibration"]), record
+        except OutcomeUnknown:
+            charged = self._charged()
+            return None, self.journal.append("exposure", command_id, electrons=charged, lost=True)
+        with watch("land"):
+            frames = self._frames(exposure.calibration)
+        return frames, self.journal.append("exposure", command_id, lost=False, **self._exposed(instruction, exposure))
+
+    def _charged(self) -> float:
+        """What the instrument's ledger charged for an exposure that was lost: all that no other exposure explains."""
+        known = sum(r["electrons"] for r in self.journal.records if r["kind"] == "exposure")
+        return max(0.0, float(self.scope.dose()["spent"]) - known)
 
     def _frames(self, calibration: dict[str, Any]) -> NDArray[Any]:
         return np.asarray(
