@@ -12,7 +12,6 @@ from stemloop.campaign.site import IDLE_EXIT_S, write_json
 from stemloop.core.errors import InputError, StemloopError
 from stemloop.core.protocols import Instrument
 
-
 #: Of sulphur in MoS2 at 80 kV: J. C. Meyer et al., Phys. Rev. Lett. 109, 035503 (2012),
 #: doi:10.1103/PhysRevLett.109.035503. Carbon in graphene is safe at 60 kV.
 KNOCK_ON_BARN = {"MoS2": 1.8}

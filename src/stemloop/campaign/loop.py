@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,7 @@ class Experiment:
         while True:
             key = str(number)
             replayed = self.site.journal.find("decision", key) is not None
-            decision = self.site.journal.once("decision", key, lambda: self._decide(number))
+            decision = self.site.journal.once("decision", key, partial(self._decide, number))
             self._adopt(decision)
             yield self._step(number, decision, replayed)
             if decision["stop"]:

@@ -30,7 +30,7 @@ from stemloop.describe.patterns import PatternDescriber
 from stemloop.energetics.energies import energy_model
 from stemloop.reduce.spectra import SCALARIZERS
 
-RECIPES: "Registry[type[Recipe]]" = Registry("recipe")
+RECIPES: Registry[type[Recipe]] = Registry("recipe")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Recipe:
         raise NotImplementedError
 
     def interpret(self, frames: NDArray[Any], exposure: dict[str, Any], watch: Stopwatch) -> dict[str, Any]:
-        """``value`` and ``sigma`` (lists, None where a frame taught nothing) and whatever else belongs in the journal."""
+        """``value`` and ``sigma`` (lists, None where a frame taught nothing), and what else the journal keeps."""
         raise NotImplementedError
 
     def replay(self, result: dict[str, Any]) -> None:

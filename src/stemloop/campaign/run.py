@@ -20,14 +20,14 @@ from stemloop.campaign.score import TruthFile, score
 from stemloop.campaign.settings import Settings
 from stemloop.campaign.site import Site, write_json
 from stemloop.campaign.stopwatch import Stopwatch
-from stemloop.core.errors import InputError, IntegrityError
+from stemloop.core.errors import InputError
 from stemloop.core.record import content_hash
 from stemloop.store import files
 from stemloop.stream.landing import LandingLog
 
 
 def start(settings: Settings, directory: Path | None = None) -> Run:
-    """Begin a run in ``directory`` (made; it must not hold a run already). All names are checked before anything else."""
+    """Begin a run in ``directory`` (made; it must not hold a run already). All names are checked first."""
     RECIPES[settings.recipe]
     if settings.instrument == "twin":
         from stemloop.simulate.specimens import SPECIMENS
@@ -51,7 +51,7 @@ def resume(directory: Path) -> Run:
 
 
 def verify(directory: Path) -> dict[str, Any]:
-    """Check the journal, the frame log and the sealed file of a run byte for byte; raise IntegrityError if one is off."""
+    """Check the journal, frame log and sealed file of a run byte for byte; IntegrityError if one is off."""
     directory = Path(directory)
     Settings.load(directory / "settings.json")
     journal = Journal(directory / "journal.jsonl")
@@ -147,8 +147,9 @@ class Run:
         full = self.recipe.raster_points * experiment.electrons_per_point
         scored = None if truth is None else score(mean, sigma, truth)
         if reference is not None:
-            # what was recorded is itself noisy: its deviation belongs into the comparison
-            scored = score(mean, np.hypot(sigma, reference[1]), reference[0])
+            # what was recorded is a measurement: its own deviation, and the learned noise, belong into the comparison
+            noise = experiment.belief.hyperparameters.noise if experiment.belief is not None else 0.0
+            scored = score(mean, np.sqrt(sigma**2 + reference[1] ** 2 + noise**2), reference[0])
         return {
             "recipe": self.settings.recipe,
             "instrument": self.settings.instrument,
