@@ -25,7 +25,15 @@ def write_recording(path: Path, shape=(12, 10), seed=0, spoil=None) -> Path:
     if spoil is not None:
         data[spoil] = np.nan
     axes = [
-        {"name": name, "size": size, "offset": offset, "scale": scale, "units": units, "navigate": navigate, "index_in_array": i}
+        {
+            "name": name,
+            "size": size,
+            "offset": offset,
+            "scale": scale,
+            "units": units,
+            "navigate": navigate,
+            "index_in_array": i,
+        }
         for i, (name, size, offset, scale, units, navigate) in enumerate(
             [
                 ("y", shape[0], 0.0, 0.5, "nm", True),
@@ -43,7 +51,12 @@ def write_recording(path: Path, shape=(12, 10), seed=0, spoil=None) -> Path:
         "metadata": {"General": {"title": "test"}, "Signal": {"signal_type": "EELS"}},
         "original_metadata": {},
         "attributes": {"_lazy": False, "ragged": False},
-        "package": "", "package_version": "", "models": {}, "learning_results": {}, "tmp_parameters": {}, "package_info": {},
+        "package": "",
+        "package_version": "",
+        "models": {},
+        "learning_results": {},
+        "tmp_parameters": {},
+        "package_info": {},
     }
     file_writer(str(path), signal)
     return path

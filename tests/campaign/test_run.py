@@ -37,9 +37,7 @@ def recording(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(recording, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    done = stemloop(
-        "run", "eels-map", "--instrument", f"replay:{recording}", "--target-sigma", TARGET, "--out", folder
-    )
+    done = stemloop("run", "eels-map", "--instrument", f"replay:{recording}", "--target-sigma", TARGET, "--out", folder)
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -145,8 +143,18 @@ def kill_instrument(folder):
 
 def test_budgets_end_a_run_and_say_which(recording, tmp_path):
     replay = f"replay:{recording}"
-    done = stemloop("run", "eels-map", "--instrument", replay, "--target-sigma", "1e-6", "--max-points", "22",
-                    "--out", tmp_path / "points")
+    done = stemloop(
+        "run",
+        "eels-map",
+        "--instrument",
+        replay,
+        "--target-sigma",
+        "1e-6",
+        "--max-points",
+        "22",
+        "--out",
+        tmp_path / "points",
+    )
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "points" / "summary.json").read_text())
     assert (summary["stop_reason"], summary["points"]) == ("points", 22)

@@ -12,6 +12,10 @@ from stemloop.campaign.site import IDLE_EXIT_S, write_json
 from stemloop.core.errors import InputError, StemloopError
 from stemloop.core.protocols import Instrument
 
+#: Of sulphur in MoS2 at 80 kV: J. C. Meyer et al., Phys. Rev. Lett. 109, 035503 (2012),
+#: doi:10.1103/PhysRevLett.109.035503. Carbon in graphene is safe at 60 kV.
+KNOCK_ON_BARN = {"MoS2": 1.8}
+
 
 def build(config: dict[str, Any], folder: Path) -> Instrument:
     """The instrument that a run's settings name: ``twin`` or ``replay:FILE``."""
@@ -19,24 +23,26 @@ def build(config: dict[str, Any], folder: Path) -> Instrument:
     if kind == "twin" and not argument:
         from stemloop.simulate.twin import Twin
 
-        twin = Twin(config["specimen"], seed=config["seed"], damage=config["damage"])
+        twin = Twin(config["specimen"], config["seed"], damage_barn=_cross_section(config))
         truth = folder.parent / "truth"
         truth.mkdir(exist_ok=True)
-        twin.write_truth(truth / "truth.npz")
+        twin.write_truth(str(truth / "truth.npz"))
         return twin
     if kind == "replay" and argument:
+        from stemloop.campaign.recording import recording
         from stemloop.instrument.replay import Replay
-        from stemloop.store.readers import read
 
-        return Replay(_recording(read(argument), argument))
+        return Replay(recording(argument))
     raise InputError(f"unknown instrument {config['instrument']!r}; known: twin, replay:FILE.")
 
 
-def _recording(signals: list[Any], path: str) -> Any:
-    """The signal of a file with the most scanned dimensions: a spectrum image rather than its survey."""
-    if not signals:
-        raise InputError(f"{path} holds no signal that can be replayed.")
-    return max(signals, key=lambda signal: (signal.data.ndim, signal.data.size))
+def _cross_section(config: dict[str, Any]) -> float | None:
+    """Knock-on cross-section [barn] if the beam is to damage the specimen."""
+    if not config["damage"]:
+        return None
+    if config["specimen"] not in KNOCK_ON_BARN:
+        raise InputError(f"no knock-on cross-section is known for {config['specimen']}; leave --damage out.")
+    return KNOCK_ON_BARN[config["specimen"]]
 
 
 def main(folder: Path) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,9 @@ from stemloop.core.units import electrons
 from stemloop.decide import gp
 from stemloop.decide.acquire import ACQUISITIONS, initial_design
 from stemloop.decide.stop import first_of, max_electrons, max_points, max_seconds, wanted_sigma
+
+#: What the history keeps of each decision.
+HISTORY = ("points", "sigma_max", "sigma_mean", "electrons", "seconds", "hyper")
 
 #: Acquisitions that choose all points before the first is measured: the baselines.
 FIXED_DESIGNS = ("random", "grid")
@@ -112,7 +116,7 @@ class Experiment:
         while True:
             key = str(number)
             replayed = self.site.journal.find("decision", key) is not None
-            decision = self.site.journal.once("decision", key, lambda: self._decide(number))
+            decision = self.site.journal.once("decision", key, partial(self._decide, number))
             self._adopt(decision)
             yield self._step(number, decision, replayed)
             if decision["stop"]:
@@ -124,7 +128,7 @@ class Experiment:
     def _adopt(self, decision: dict[str, Any]) -> None:
         self._hyper = gp.Hyperparameters.from_dict(decision["hyper"]) if decision["hyper"] else None
         self._seconds_before = max(self._seconds_before, decision["seconds"] - (time.monotonic() - self._started))
-        self.history.append({key: decision[key] for key in ("points", "sigma_max", "sigma_mean", "electrons", "seconds")})
+        self.history.append({key: decision[key] for key in HISTORY})
 
     def _step(self, number: int, decision: dict[str, Any], replayed: bool) -> Step:
         sigma = float("inf") if decision["sigma_max"] is None else decision["sigma_max"]
@@ -144,17 +148,27 @@ class Experiment:
             np.array(self.data.sigma)[ok],
             start=self._hyper,
             field_m=self.recipe.features_extent,
+            **self.recipe.belief,
         )
         return self.belief
 
     def recall(self) -> None:
         """Bring back the belief of the last decision, also when that decision was replayed from the journal."""
         if self.belief is None:
-            ok = self.data.usable
-            index = np.array(self.data.index)[ok]
-            value, sigma = np.array(self.data.value)[ok], np.array(self.data.sigma)[ok]
-            assert self._hyper is not None
-            self.belief = gp.GaussianProcess(self.recipe.features[index], value, sigma, self._hyper)
+            self.belief = self.belief_after(len(self.history) - 1)
+
+    def belief_after(self, number: int) -> gp.GaussianProcess | None:
+        """The belief at decision ``number``, from the measurements and hyperparameters of that time; None if there
+        was none yet."""
+        past = self.history[number]
+        if past["hyper"] is None:
+            return None
+        ok = self.data.usable[: past["points"]]
+        index = np.array(self.data.index)[: past["points"]][ok]
+        value, sigma = (np.array(v)[: past["points"]][ok] for v in (self.data.value, self.data.sigma))
+        return gp.GaussianProcess(
+            self.recipe.features[index], value, sigma, gp.Hyperparameters.from_dict(past["hyper"])
+        )
 
     def predict(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Mean and 1-sigma deviation of the property at all candidates."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from stemloop.campaign.grid import Grid, nyquist_grid, recorded_grid
+from stemloop.campaign.recording import recording
 from stemloop.campaign.settings import Settings
 from stemloop.campaign.site import Site
 from stemloop.campaign.stopwatch import Stopwatch
@@ -21,14 +22,15 @@ from stemloop.core.errors import InputError, OutcomeUnknown
 from stemloop.core.instruction import Diffraction, Image, Instruction, Optics, Spectrum
 from stemloop.core.protocols import InstrumentInfo
 from stemloop.core.registry import Registry
-from stemloop.core.structure import QUANTITIES, Columns, Descriptors
+from stemloop.core.structure import Columns, Descriptors
+from stemloop.decide.gp import LogNormal, Prior
 from stemloop.describe.atoms import find_columns
 from stemloop.describe.lattice import orientation
 from stemloop.describe.patterns import PatternDescriber
 from stemloop.energetics.energies import energy_model
 from stemloop.reduce.spectra import SCALARIZERS
 
-RECIPES: "Registry[type[Recipe]]" = Registry("recipe")
+RECIPES: Registry[type[Recipe]] = Registry("recipe")
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ class Recipe:
     candidates_m: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 2)))
     features: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 2)))
     features_extent: tuple[float, float] = (1.0, 1.0)
+    #: Choices of :func:`stemloop.decide.gp.fit` for this property.
+    belief: dict[str, Any] = field(default_factory=dict)
     overview: Overview | None = None
 
     @property
@@ -103,7 +107,7 @@ class Recipe:
         raise NotImplementedError
 
     def interpret(self, frames: NDArray[Any], exposure: dict[str, Any], watch: Stopwatch) -> dict[str, Any]:
-        """``value`` and ``sigma`` (lists, None where a frame taught nothing) and whatever else belongs in the journal."""
+        """``value`` and ``sigma`` (lists, None where a frame taught nothing), and what else the journal keeps."""
         raise NotImplementedError
 
     def replay(self, result: dict[str, Any]) -> None:
@@ -111,6 +115,10 @@ class Recipe:
 
     def truth(self, truth: Any) -> NDArray[np.float64] | None:
         """The property at all candidates by the specimen's truth file, for scoring."""
+        return None
+
+    def reference(self, settings: Settings) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+        """The property at all candidates as it was recorded, with its deviation, where a whole recording is at hand."""
         return None
 
     def paint(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -176,13 +184,13 @@ class DiffractionRecipe(Recipe):
     def _look(self, site: Site, watch: Stopwatch) -> None:
         height, width = self.info.field_m
         shape = round(height / self.overview_pixel_m), round(width / self.overview_pixel_m)
-        site.command(
-            Optics(semiangle_rad=self.beam.imaging_semiangle_rad, current_A=self.current_A), "optics-overview"
-        )
+        site.command(Optics(semiangle_rad=self.beam.imaging_semiangle_rad, current_A=self.current_A), "optics-overview")
         asked = Image((0.0, 0.0), (height, width), shape, self.overview_dwell_s)
         frames, _ = site.expose(asked, "overview", watch)
         if frames is None:
-            raise OutcomeUnknown("the overview was begun and never seen to end; it is not exposed again: start a new run.")
+            raise OutcomeUnknown(
+                "the overview was begun and never seen to end; it is not exposed again: start a new run."
+            )
         with watch("describe"):
             image = np.asarray(frames[0], float)
             pixel_m = height / shape[0]
@@ -247,6 +255,7 @@ class StrainEnergy(DiffractionRecipe):
         strain = truth.descriptors(self.candidates_m).strain
         value, _ = self.model.surface.fork().energies(strain)
         return np.asarray(value)
+
 
 #: Smaller probes, whose discs overlap, for single sites.
 SITE_BEAMS = {
@@ -333,6 +342,8 @@ class EelsMap(Recipe):
         info = site.scope.info
         self._need(info)
         self.current_A = float(site.scope.state().get("current_A", self.current_A))
+        # a scan along one direction across layers; deviations estimated from the spectra themselves may be too small
+        self.belief = {"anisotropic": True, "prior": Prior(noise=LogNormal(0.1, 1.0))}
         self.scalarize = SCALARIZERS[settings.scalarizer or "Ti-L23"]
         self.unit = self.scalarize.unit
         self.grid = recorded_grid(info) if info.positions_m is not None else nyquist_grid(info, 20e-3)
@@ -341,6 +352,15 @@ class EelsMap(Recipe):
 
     def instruction(self, positions_m: NDArray[np.float64]) -> Instruction:
         return Spectrum(_points(positions_m), self.dwell_s)
+
+    def reference(self, settings: Settings) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+        kind, _, path = settings.instrument.partition(":")
+        if kind != "replay":
+            return None
+        recorded = recording(path)
+        loss = recorded.axis("energy_loss")
+        spectra = np.asarray(recorded.data, float).reshape(-1, loss.size)
+        return self.scalarize(spectra, {"energy_loss": (loss.offset, loss.scale, loss.size)})
 
     def interpret(self, frames: NDArray[Any], exposure: dict[str, Any], watch: Stopwatch) -> dict[str, Any]:
         with watch("describe"):
@@ -351,6 +371,3 @@ class EelsMap(Recipe):
 def make(name: str) -> Recipe:
     """A fresh recipe of that name."""
     return RECIPES[name]()
-
-
-__all__ = ["QUANTITIES", "RECIPES", "Recipe", "make"]

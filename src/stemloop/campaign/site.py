@@ -88,7 +88,8 @@ class Site:
         directory = Path(directory)
         if (directory / "settings.json").exists():
             raise InputError(
-                f"{directory} already holds a run. Continue it with: stemloop resume {directory}, or name another folder."
+                f"{directory} already holds a run. Continue it with: stemloop resume {directory}; "
+                "or name another folder."
             )
         try:
             (directory / "instrument").mkdir(parents=True, exist_ok=True)

@@ -90,8 +90,9 @@ def _result(run: Run) -> Table:
     table.add_row("dose", f"{s['dose_fraction']:.2%} of the full raster, overview included")
     table.add_row("deviation", f"{amount(s['final_sigma'], unit)} at most (wanted {amount(s['target_sigma'], unit)})")
     if s["map_rmse"] is not None:
-        table.add_row("error", f"{amount(s['map_rmse'], unit)} rms against the truth")
-        table.add_row("coverage", f"{s['coverage_2sigma']:.1%} of the map within two deviations of the truth")
+        table.add_row("error", f"{amount(s['map_rmse'], unit)} rms against the {s['compared_with']}")
+        share = f"{s['coverage_2sigma']:.1%} of the map within two deviations of the {s['compared_with']}"
+        table.add_row("coverage", share)
     table.add_row("time", f"{s['seconds']:.1f} s; {s['peak_memory_MB']} MB")
     return table
 

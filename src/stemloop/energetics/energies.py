@@ -23,6 +23,7 @@ from stemloop.energetics.calculators import CALCULATORS, Task
 from stemloop.energetics.jobs import Calculations
 from stemloop.energetics.models import (
     MATERIALS,
+    RESIDUAL_EV,
     Equilibrium,
     Material,
     defect_cell,
@@ -83,7 +84,9 @@ class StrainEnergy:
         self.beyond_limit = 0
         self._equilibrium: Equilibrium | None = None
         noise = max(engine.noise_gradient_eV, 1e-2) if relax_internal else engine.noise_gradient_eV
-        self.surface = Surface(self.calculate, material.symmetry, engine.noise_eV, noise, rotation_rad)
+        self.surface = Surface(
+            self.calculate, material.symmetry, engine.noise_eV, noise, rotation_rad, residual_eV=RESIDUAL_EV
+        )
 
     @property
     def equilibrium(self) -> Equilibrium:

@@ -24,6 +24,9 @@ from stemloop.energetics.calculators import CALCULATORS, Result, Task
 #: Height [A] of the cell of a sheet.
 SHEET_CELL_A = 20.0
 
+#: The slope dE/d ln(length) [eV a cell] at which the search for an equilibrium ends.
+RESIDUAL_EV = 1.2e-3
+
 Run = Callable[[Sequence[Task]], list[Result]]
 
 
@@ -187,7 +190,9 @@ def equilibrium(material: Material, calculator: str, repeats: int, run: Run) -> 
             slope[i] = atoms.get_volume() * np.sum(result.stress * rate) - np.sum(result.forces * drift)
         return (result.energy - origin) / repeats**2, slope * p / 12 / repeats**2
 
-    found = minimize(objective, np.zeros(len(start)), jac=True, method="BFGS", options={"gtol": 1e-4, "maxiter": 20})
+    found = minimize(
+        objective, np.zeros(len(start)), jac=True, method="BFGS", options={"gtol": RESIDUAL_EV / 12, "maxiter": 20}
+    )
     if np.abs(found.jac).max() > 1e-3 or np.abs(found.x).max() > 12 * 0.08:
         raise CalculationError(
             f"{calculator} has no equilibrium of {material.name} near {start} A in a {repeats} x {repeats} supercell. "

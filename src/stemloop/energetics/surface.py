@@ -134,7 +134,8 @@ class Surface:
     symmetry : ``hexagonal``, ``square`` or ``none`` (of the plane).
     noise_eV, noise_gradient_eV : the calculator's numerical noise (1 sigma).
     rotation_rad : angle of the crystal's a axis from +x towards +y, in the axes that strains are given in.
-    degree : of the polynomial.
+    degree : of the polynomial. residual_eV : largest slope dE/d(e_mean) that the search for the equilibrium may have
+        left [eV]; the surface has no such term, so it counts as ``residual_eV |e_mean|`` of deviation.
 
     Nodes lie on a fixed lattice of strains (``SPACING``), so that runs share their results. Which nodes are asked for
     depends only on the strains that were asked before, in their order: not on what a cache holds nor on timing.
@@ -148,7 +149,9 @@ class Surface:
         noise_gradient_eV: float = 2e-3,
         rotation_rad: float = 0.0,
         degree: int = 6,
+        residual_eV: float = 0.0,
     ) -> None:
+        self._residual = residual_eV
         self._calculate = calculate
         self._features = Invariants(symmetry, degree)
         self._images = images(symmetry)
@@ -191,7 +194,7 @@ class Surface:
         )
         return Answer(
             values @ self._weights,
-            self._deviation(u, self._precision(self.nodes)),
+            np.hypot(self._deviation(u, self._precision(self.nodes)), self._residual * SCALE * np.abs(u[:, 0])),
             slopes @ to_strain,
             np.einsum("ai,nab,bj->nij", to_strain, bends, to_strain),
         )
