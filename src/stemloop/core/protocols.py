@@ -170,7 +170,8 @@ class Describer(Protocol):
 class Scalarizer(Protocol):
     """Turns frames into one number each with its 1-sigma deviation: ``(value (n,), sigma (n,))``."""
 
-    unit: str
+    @property
+    def unit(self) -> str: ...
 
     def __call__(
         self, frames: NDArray[Any], calibration: dict[str, Any]

@@ -1,0 +1,271 @@
+"""Write measured figures into reference/results.md, between its marks ``begin NAME`` and ``end NAME``.
+
+    python docs/fill_results.py [RUN_FOLDER ...]
+
+Figures come from ``benchmarks/results/*.json``, from the network's ``cbed.json`` and, where run folders are named,
+from their ``summary.json``. What has no figures yet stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "reference" / "results.md"
+RESULTS = ROOT / "benchmarks" / "results"
+CARD = ROOT / "src" / "stemloop" / "describe" / "weights" / "cbed.json"
+FIXED = ("grid", "random")
+
+
+def table(head: str, rows: Iterable[Iterable[Any]]) -> str:
+    """A table in Markdown; numbers are given three digits."""
+    names = [name.strip() for name in head.split("|")]
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(word(cell) for cell in row) + " |" for row in rows])
+
+
+def word(cell: Any) -> str:
+    if cell is None:
+        return "–"
+    if not isinstance(cell, float):
+        return str(cell)
+    return f"{cell:.3g}" if abs(cell) < 1000 else f"{cell:.0f}"
+
+
+def percent(share: float | None) -> str | None:
+    return None if share is None else f"{100 * share:.3g} %"
+
+
+def span(values: list[float | None], show: Callable[[float], Any] = float) -> str | None:
+    """The mean, and the smallest and largest in brackets."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    mean = word(show(sum(known) / len(known)))
+    return mean if len(known) == 1 else f"{mean} ({word(show(min(known)))} to {word(show(max(known)))})"
+
+
+# --------------------------------------------------------------------------------------------------- run folders
+
+
+def experiments(runs: list[dict[str, Any]]) -> str:
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for run in runs:
+        if run["plan"] not in FIXED:
+            groups.setdefault((run["specimen"] or run["instrument"], run["recipe"], run["calculator"]), []).append(run)
+    head = (
+        "specimen | recipe | calculator | seeds | points | of the full raster | dose fraction | stop reason | "
+        "largest deviation | map error (rms) | unit | coverage of 2 sigma | time [s] | memory [MB]"
+    )
+
+    def row(name: tuple[Any, ...], found: list[dict[str, Any]]) -> Iterable[Any]:
+        def of(key: str) -> list[float | None]:
+            return [run[key] for run in found]
+
+        return (
+            *name,
+            len(found),
+            span(of("points")),
+            span([run["points"] / run["raster_points"] for run in found], percent),
+            span(of("dose_fraction"), percent),
+            ", ".join(sorted({run["stop_reason"] for run in found})),
+            span(of("final_sigma")),
+            span(of("map_rmse")),
+            found[0]["unit"],
+            span(of("coverage_2sigma"), percent),
+            span(of("seconds")),
+            span(of("peak_memory_MB")),
+        )
+
+    return table(head, (row(name, found) for name, found in sorted(groups.items(), key=str)))
+
+
+def baselines(runs: list[dict[str, Any]]) -> str | None:
+    rows = [
+        (
+            run["specimen"],
+            run["recipe"],
+            run["seed"],
+            run["plan"],
+            run["points"],
+            run["map_rmse"],
+            run["final_sigma"],
+            run["unit"],
+        )
+        for run in sorted(runs, key=lambda run: (str(run["specimen"]), run["seed"], run["points"]))
+    ]
+    if not any(run["plan"] in FIXED for run in runs):
+        return None
+    return table("specimen | recipe | seed | plan | points | map error (rms) | largest deviation | unit", rows)
+
+
+def load_run(folder: Path) -> dict[str, Any]:
+    run: dict[str, Any] = {"calculator": None, **json.loads((folder / "summary.json").read_text())}
+    run["plan"] = json.loads((folder / "settings.json").read_text())["acquisition"] or "the recipe's own"
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------- benchmarks
+
+
+def twin(found: dict[str, Any]) -> str:
+    head = (
+        "specimen | coherent pattern [CPU ms] | abTEM, one position | abTEM, sixteen at once | ratio to one | "
+        "to sixteen | share of the transforms' limit | with source and phonons [CPU ms] | difference from abTEM"
+    )
+    keys = ("twin_cbed_ms", "abtem_cbed_ms", "abtem_batched_cbed_ms", "ratio", "ratio_to_batched", "share_of_the_limit")
+    return table(
+        head,
+        (
+            (name, *(s[key] for key in keys), s["twin_counted_source_phonons_ms"], percent(s["difference_R1"]))
+            for name, s in found["specimens"].items()
+        ),
+    )
+
+
+def energetics(found: dict[str, Any]) -> str:
+    head = (
+        "material | calculator | supercell | one calculation [CPU s] | off the largest supercell | "
+        "nodes for 150 descriptors | largest held-out error [meV] | claimed there [meV] | 10 000 strains [ms]"
+    )
+    rows = []
+    for name, m in found.items():
+        if not isinstance(m, dict):
+            continue
+        s = m["surface"]
+        size = next(row for row in m["convergence"] if row["supercell"] == s["supercell"])
+        error, claim = max(
+            (abs(e), c) for e, c in zip(s["held_out_error_meV"], s["held_out_deviation_meV"], strict=True)
+        )
+        rows.append(
+            (
+                name,
+                m["calculator"],
+                s["supercell"],
+                size["cpu_s_a_call"],
+                percent(size["off"]),
+                s["nodes"],
+                error,
+                claim,
+                s["ms_for_10000_strains"],
+            )
+        )
+    return table(head, rows)
+
+
+def decision(found: dict[str, Any]) -> str:
+    head = "measured points | fit [CPU ms] | map | batch | decision | BoTorch, decision | ratio"
+    return table(
+        head,
+        (
+            (
+                r["points"],
+                *(r["stemloop_cpu_ms"][k] for k in ("fit", "map", "batch", "decision")),
+                r["botorch_cpu_ms"]["decision"],
+                r["botorch_over_stemloop"],
+            )
+            for r in found["rows"]
+        ),
+    )
+
+
+def coverage(found: dict[str, Any]) -> str:
+    head = (
+        "fit | noise | wanted deviation | seeds that reached it | points | coverage of 2 sigma | lowest of the seeds | "
+        "map error"
+    )
+
+    def row(name: str, r: dict[str, Any]) -> Iterable[Any]:
+        covered = percent(r.get("coverage")), percent(r.get("lowest"))
+        return (name, r["noise"], r["target"], round(r["stopped"]), r.get("points"), *covered, r.get("rmse"))
+
+    return table(head, (row(name, r) for name, rows in found["settings"].items() for r in rows))
+
+
+def control(found: dict[str, Any]) -> str:
+    rows = [
+        (name.replace("_", " "), t["median_ms"], t["p99_ms"])
+        for name, t in found.items()
+        if isinstance(t, dict) and "median_ms" in t
+    ]
+    return table("command | median [ms] | 99 % [ms]", rows)
+
+
+def stream(found: dict[str, Any]) -> str:
+    head = (
+        "frames a batch (64 × 64, uint16) | frames/s | MB/s | from send to durable [ms] | one append on this disk [ms]"
+    )
+    keys = ("frames_per_batch", "frames_per_s", "MB_per_s", "send_to_wait_ms_median")
+    return table(head, ((*(r[k] for k in keys), found["append_fdatasync_ms"]) for r in found["rates"]))
+
+
+def network(card: dict[str, Any]) -> str:
+    quantities = ("v_mean", "v_diff", "v_xy", "phi_rad")
+    parts = []
+    for title in ("test", "usual beam, 6e5 electrons"):
+        rows = [
+            (
+                name,
+                m["patterns"],
+                percent(m["phase right"]),
+                *(m["all doses"][q]["rms error"] for q in quantities),
+                percent(min(m["all doses"][q]["within 2 sigma"] for q in quantities)),
+            )
+            for name, m in card.get(title, {}).items()
+            if "all doses" in m
+        ]
+        head = (
+            "material | patterns | phase right | e_mean (rms error) | e_diff | e_xy | rotation [rad] | "
+            "within 2 sigma (worst of the four)"
+        )
+        parts.append(f"{title.capitalize()}:\n\n{table(head, rows)}")
+    outside = [
+        (where, name, percent(m["novelty above 3"]), m["novelty median"])
+        for where, found in card.get("outside", {}).items()
+        for name, m in found.items()
+    ]
+    parts.append(
+        "Outside the trained ranges:\n\n" + table("where | material | novelty above 3 | median novelty", outside)
+    )
+    return "\n\n".join(parts)
+
+
+BENCHMARKS: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
+    "network": (CARD, network),
+    "twin": (RESULTS / "twin.json", twin),
+    "energetics": (RESULTS / "energetics.json", energetics),
+    "decision": (RESULTS / "decision.json", decision),
+    "coverage": (RESULTS / "coverage.json", coverage),
+    "control": (RESULTS / "control.json", control),
+    "stream": (RESULTS / "stream_durable.json", stream),
+}
+
+
+def put(page: str, name: str, text: str) -> str:
+    """``page`` with ``text`` between the marks of ``name``."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    found, count = re.subn(f"{begin}.*?{end}", lambda _: f"{begin}\n\n{text}\n\n{end}", page, flags=re.DOTALL)
+    if count != 1:
+        raise SystemExit(f"{PAGE} has no place for {name}.")
+    return found
+
+
+def main(folders: list[Path]) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    for name, (source, show) in BENCHMARKS.items():
+        if source.exists():
+            page = put(page, name, show(json.loads(source.read_text())))
+    runs = [load_run(folder) for folder in folders]
+    for name, text in (("experiments", experiments(runs) if runs else None), ("baselines", baselines(runs))):
+        if text:
+            page = put(page, name, text)
+    PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main([Path(word) for word in sys.argv[1:]])

@@ -1,0 +1,65 @@
+"""The instrument's process: ``python -m stemloop.campaign.host DIR/instrument`` builds the instrument that
+``config.json`` names, and serves it until it is stopped or nobody has asked for anything for a while."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from stemloop.campaign.site import IDLE_EXIT_S, write_json
+from stemloop.core.errors import InputError, StemloopError
+from stemloop.core.protocols import Instrument
+
+#: Of sulphur in MoS2 at 80 kV: J. C. Meyer et al., Phys. Rev. Lett. 109, 035503 (2012),
+#: doi:10.1103/PhysRevLett.109.035503. Carbon in graphene is safe at 60 kV.
+KNOCK_ON_BARN = {"MoS2": 1.8}
+
+
+def build(config: dict[str, Any], folder: Path) -> Instrument:
+    """The instrument that a run's settings name: ``twin`` or ``replay:FILE``."""
+    kind, _, argument = str(config["instrument"]).partition(":")
+    if kind == "twin" and not argument:
+        from stemloop.simulate.twin import Twin
+
+        twin = Twin(config["specimen"], config["seed"], damage_barn=_cross_section(config))
+        truth = folder.parent / "truth"
+        truth.mkdir(exist_ok=True)
+        twin.write_truth(str(truth / "truth.npz"))
+        return twin
+    if kind == "replay" and argument:
+        from stemloop.campaign.recording import recording
+        from stemloop.instrument.replay import Replay
+
+        return Replay(recording(argument))
+    raise InputError(f"unknown instrument {config['instrument']!r}; known: twin, replay:FILE.")
+
+
+def _cross_section(config: dict[str, Any]) -> float | None:
+    """Knock-on cross-section [barn] if the beam is to damage the specimen."""
+    if not config["damage"]:
+        return None
+    if config["specimen"] not in KNOCK_ON_BARN:
+        raise InputError(f"no knock-on cross-section is known for {config['specimen']}; leave --damage out.")
+    return KNOCK_ON_BARN[config["specimen"]]
+
+
+def main(folder: Path) -> int:
+    """Serve the instrument of ``folder/config.json``; a failure at the start is left in ``failed.json``."""
+    from stemloop.instrument.server import serve
+    from stemloop.stream.channel import Sender
+
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        instrument = build(config, folder)
+        sink = Sender(config["frames"], run=config["run"])
+        serve(instrument, folder, sink=sink, dose_budget=config["max_electrons"], idle_exit_s=IDLE_EXIT_S)
+    except StemloopError as error:
+        write_json(folder / "failed.json", {"code": error.code, "message": str(error)})
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

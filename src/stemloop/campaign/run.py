@@ -1,0 +1,212 @@
+"""A run from its start to its report: :func:`start` and :func:`resume` give a :class:`Run` that is iterated."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stemloop import __version__
+from stemloop.campaign import report
+from stemloop.campaign.journal import Journal
+from stemloop.campaign.loop import Experiment, Step
+from stemloop.campaign.memory import peak_memory_MB
+from stemloop.campaign.recipes import RECIPES, make
+from stemloop.campaign.score import TruthFile, score
+from stemloop.campaign.settings import Settings
+from stemloop.campaign.site import Site, write_json
+from stemloop.campaign.stopwatch import Stopwatch
+from stemloop.core.errors import InputError
+from stemloop.core.record import content_hash
+from stemloop.store import files
+from stemloop.stream.landing import LandingLog
+
+
+def start(settings: Settings, directory: Path | None = None) -> Run:
+    """Begin a run in ``directory`` (made; it must not hold a run already). All names are checked first."""
+    RECIPES[settings.recipe]
+    if settings.instrument == "twin":
+        from stemloop.simulate.specimens import SPECIMENS
+
+        SPECIMENS[str(settings.specimen)]
+    elif not re.fullmatch(r"replay:.+", settings.instrument):
+        raise InputError(f"unknown instrument {settings.instrument!r}; known: twin, replay:FILE.")
+    if settings.acquisition is not None:
+        from stemloop.decide.acquire import ACQUISITIONS
+
+        ACQUISITIONS[settings.acquisition]
+    if directory is None:
+        directory = Path("runs") / f"{settings.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return Run(Site.create(directory, settings), settings)
+
+
+def resume(directory: Path) -> Run:
+    """Go on with the run in ``directory``: replay its journal, expose nothing twice, decide as it would have decided."""
+    site = Site.reopen(directory)
+    return Run(site, site.settings)
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """Check the journal, frame log and sealed file of a run byte for byte; IntegrityError if one is off."""
+    directory = Path(directory)
+    Settings.load(directory / "settings.json")
+    journal = Journal(directory / "journal.jsonl")
+    run = journal.find("run", "id") or {"id": ""}
+    exposures = sum(r["kind"] == "exposure" for r in journal.records)
+    log = LandingLog(directory / "frames.log", run=run["id"])
+    frames = sum(len(batch.frames) for batch in log.batches())
+    sealed = directory / "frames.h5"
+    if sealed.exists():
+        files.verify(sealed)
+    log.close()
+    journal.close()
+    return {
+        "journal records": len(journal.records),
+        "exposures": exposures,
+        "frames": frames,
+        "sealed": sealed.exists(),
+    }
+
+
+class Run:
+    """Iterate it to run the experiment; afterwards ``summary`` and ``report`` are there."""
+
+    def __init__(self, site: Site, settings: Settings) -> None:
+        self.site, self.settings = site, settings
+        self.directory = site.directory
+        self.watch = Stopwatch()
+        self.recipe = make(settings.recipe)
+        self.experiment = Experiment(site, self.recipe, settings, self.watch)
+        self.summary: dict[str, Any] = {}
+        self.report: Path | None = None
+        self._started = time.monotonic()
+
+    def __iter__(self) -> Iterator[Step]:
+        with self.site:
+            yield from self.experiment.steps()
+            self._finish()
+
+    # -------------------------------------------------------------------------------------------------- ending
+
+    def _finish(self) -> None:
+        mean, sigma = self._map()
+        truth = self._truth()
+        with self.watch("score"):
+            reference = self.recipe.reference(self.settings)
+            self._compare(truth, reference)
+        self.summary = self._summarise(mean, sigma, truth, reference)
+        with self.watch("seal"):
+            self._seal()
+        maps = self._maps(mean, sigma, truth, reference)
+        arrays: dict[str, Any] = {k: v for k, v in maps.items() if isinstance(v, np.ndarray)}
+        np.savez_compressed(self.directory / "result.npz", **arrays)
+        self.summary["seconds"] = round(time.monotonic() - self._started, 3)
+        self.summary["seconds_per_stage"] = {k: round(v, 3) for k, v in self.watch.seconds.items()}
+        self.summary["peak_memory_MB"] = round(peak_memory_MB(self.site.host_pid))
+        write_json(self.directory / "summary.json", self.summary)
+        self.report = report.write_report(self.directory, self.summary, maps)
+
+    def _compare(self, truth: np.ndarray | None, reference: tuple[np.ndarray, np.ndarray] | None) -> None:
+        """Add to the history how the map agreed with the truth, or with the whole recording, after each decision."""
+        known = truth if reference is None else reference[0]
+        if known is None:
+            return
+        for number, past in enumerate(self.experiment.history):
+            belief = self.experiment.belief_after(number)
+            if belief is not None:
+                mean, _ = belief.predict(self.recipe.features)
+                past["rmse"] = float(np.sqrt(np.mean((mean - known) ** 2)))
+                past["correlation"] = float(np.corrcoef(mean, known)[0, 1])
+
+    def _map(self) -> tuple[np.ndarray, np.ndarray]:
+        if not self.experiment.data.usable.any():
+            nothing = np.full(len(self.recipe.candidates_m), np.nan)
+            return nothing, nothing
+        self.experiment.recall()
+        return self.experiment.predict()
+
+    def _truth(self) -> np.ndarray | None:
+        path = self.directory / "truth" / "truth.npz"
+        if not path.exists():
+            return None
+        with self.watch("score"):
+            return self.recipe.truth(TruthFile(path))
+
+    def _summarise(
+        self,
+        mean: np.ndarray,
+        sigma: np.ndarray,
+        truth: np.ndarray | None,
+        reference: tuple[np.ndarray, np.ndarray] | None,
+    ) -> dict[str, Any]:
+        experiment = self.experiment
+        full = self.recipe.raster_points * experiment.electrons_per_point
+        scored = None if truth is None else score(mean, sigma, truth)
+        if reference is not None:
+            # what was recorded is a measurement: its own deviation, and the learned noise, belong into the comparison
+            noise = experiment.belief.hyperparameters.noise if experiment.belief is not None else 0.0
+            scored = score(mean, np.sqrt(sigma**2 + reference[1] ** 2 + noise**2), reference[0])
+        return {
+            "recipe": self.settings.recipe,
+            "instrument": self.settings.instrument,
+            "specimen": self.settings.specimen,
+            "seed": self.settings.seed,
+            "property": self.recipe.quantity,
+            "unit": self.recipe.unit,
+            "points": len(experiment.data.index),
+            "raster_points": self.recipe.raster_points,
+            "dose_fraction": experiment.electrons_spent / full,
+            "electrons": experiment.electrons_spent,
+            "stop_reason": experiment.stop_reason,
+            "target_sigma": experiment.target_sigma,
+            "final_sigma": float(np.max(sigma)),
+            "map_rmse": None if scored is None else scored.rmse,
+            "coverage_2sigma": None if scored is None else scored.coverage_2sigma,
+            "compared_with": "truth" if truth is not None else "recording" if reference is not None else None,
+            "map_correlation": experiment.history[-1].get("correlation"),
+            "settings_sha256": content_hash(self.settings.to_dict()),
+            "version": __version__,
+            **self.recipe.extras(),
+        }
+
+    def _seal(self) -> None:
+        calibrations = {
+            r["calibration"]["stream"]: r["calibration"]
+            for r in self.site.journal.records
+            if r["kind"] == "exposure" and not r["lost"]
+        }
+        run = {"id": self.site.run_id, "settings": self.settings.to_dict(), "summary": self.summary}
+        files.seal(self.site.log.batches(), self.directory / "frames.h5", run=run, calibrations=calibrations)
+
+    def _maps(
+        self,
+        mean: np.ndarray,
+        sigma: np.ndarray,
+        truth: np.ndarray | None,
+        reference: tuple[np.ndarray, np.ndarray] | None,
+    ) -> dict[str, Any]:
+        recipe, data = self.recipe, self.experiment.data
+        assert recipe.grid is not None
+        maps: dict[str, Any] = {
+            "mean": recipe.paint(mean),
+            "sigma": recipe.paint(sigma),
+            "truth": None if truth is None else recipe.paint(truth),
+            "reference_map": None if reference is None else recipe.paint(reference[0]),
+            "extent_m": recipe.grid.extent_m,
+            "points_m": recipe.candidates_m[data.index],
+            "values": np.array(data.value),
+            "value_sigma": np.array(data.sigma),
+            "history": self.experiment.history,
+            "unit": recipe.unit,
+            "property": recipe.quantity,
+        }
+        if recipe.overview is not None:
+            maps["overview"] = recipe.overview.image
+            maps["overview_extent_m"] = recipe.overview.extent_m
+            maps["columns_m"] = recipe.overview.columns_m
+            maps["columns_sublattice"] = recipe.overview.columns.sublattice
+        return maps

@@ -1,0 +1,458 @@
+"""From an image to its atom columns: found by significance, refined by Gaussians, told apart by brightness.
+
+The image says everything that is needed. Its power spectrum gives the scale, its highest frequencies (where a probe of
+any real microscope transfers nothing) give the noise, and the noise decides what is a column.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage, stats
+from scipy.spatial import cKDTree
+
+from stemloop.core.errors import InputError
+from stemloop.core.structure import Columns
+
+Floats = NDArray[np.float64]
+
+#: Standard deviation [m] of a column's image under a sub-angstrom probe; used only where the image shows no period.
+_COLUMN_SIGMA_M = 45e-12
+#: Spread of a column's log-width around the median of all (a prior: it decides only where noise leaves width open).
+_LOG_WIDTH_SPREAD = 0.07
+#: A peak under this part of the bright columns' amplitude is a tail of the probe or a wave of the background.
+_LEAST_AMPLITUDE = 0.1
+_SMALLEST_PX = 16
+_STEPS = 8
+
+
+class _Noise(NamedTuple):
+    """Variance of the noise, ``gain * intensity + floor``."""
+
+    gain: float
+    floor: float
+
+    def variance(self, intensity: Floats) -> Floats:
+        mean = self.gain * float(intensity.mean()) + self.floor
+        return np.maximum(self.gain * intensity + self.floor, 0.05 * mean)
+
+
+class _Fit(NamedTuple):
+    """Fitted Gaussians ``A exp(-r^2 / 2 w^2)``: columns of ``value`` and ``sigma`` (n, 4) are y, x, A, ln w."""
+
+    value: Floats
+    sigma: Floats
+
+
+def find_columns(image: NDArray[Any], pixel_size_m: float | None = None) -> Columns:
+    """Find the atom columns of a HAADF image and measure where they are.
+
+    A column is a local maximum of the background-flattened, matched-filtered image that noise alone would make about
+    once in an image, and whose fitted amplitude is more than four of its deviations. All columns are then fitted
+    together, each a Gaussian, on a smooth background, weighted by the noise (Levenberg-Marquardt, the steps by
+    conjugate gradients), so that overlapping neighbours do not pull at each other.
+
+    Parameters
+    ----------
+    image : (rows, columns) array of finite numbers, at least 16 x 16, bright columns on dark. Meant for 8 to 40 pm a
+        pixel; a column's Gaussian should be at least 0.9 px wide (1 sigma).
+    pixel_size_m : size of a pixel [m]; only needed where the columns have no period (single atoms on a support).
+
+    Returns
+    -------
+    Columns : positions (row, col) [px] with 1-sigma deviations from the fit's covariance (times the root of the
+        reduced chi-square where that is above one), amplitude [grey levels], Gaussian width [px], and the sublattice
+        by a mixture of Gaussians of the amplitudes (0 is the brightest; one sublattice where the data say so). No
+        column at all is a valid answer. Columns cut by the border (nearer than one width) are left out.
+
+    Raises
+    ------
+    InputError : not two-dimensional, too small, not finite, or constant.
+
+    Notes
+    -----
+    Precision: the deviation of a Gaussian's centre by counting noise is w / sqrt(N) for N counts in the column on no
+    background (the Cramer-Rao bound; A. J. den Dekker et al., Ultramicroscopy 104 (2005) 83,
+    doi:10.1016/j.ultramic.2005.03.001).
+    """
+    pixels = _checked(image)
+    noise = _noise(pixels)
+    width = _blob_width(pixels, noise, pixel_size_m)
+    excess, value = 1.0, np.zeros((0, 4))
+    for steps in (3, _STEPS):
+        flat = pixels - ndimage.gaussian_filter(pixels, 5 * width, mode="reflect")
+        variance = noise.variance(ndimage.gaussian_filter(pixels, 0.5 * width))
+        start = _start(flat, _peaks(flat, variance, width, excess), width, value)
+        if len(start) == 0:
+            return _columns(start, start)
+        fit, image = _fit(flat, variance, start, width, steps)
+        value = fit.value[_believable(fit, width, pixels.shape)]
+        if len(value) == 0:
+            return _columns(value, value)
+        width = float(np.exp(np.median(value[:, 3])))
+        excess = _unexplained(flat - image, variance, width)
+    fit, _ = _fit(flat, _doubted(flat - image, variance, width), value, width, _STEPS)
+    good = _believable(fit, width, pixels.shape)
+    whole = ((fit.value[:, :2] >= width) & (fit.value[:, :2] <= np.array(pixels.shape) - 1 - width)).all(axis=1)
+    return _columns(fit.value[good & whole], fit.sigma[good & whole])
+
+
+def _checked(image: NDArray[Any]) -> Floats:
+    pixels = np.asarray(image)
+    if pixels.ndim != 2 or min(pixels.shape) < _SMALLEST_PX:
+        raise InputError(
+            f"atom columns are found in an image (rows, columns) of at least {_SMALLEST_PX} x {_SMALLEST_PX} px; "
+            f"got the shape {pixels.shape}."
+        )
+    if pixels.dtype.kind not in "biuf":
+        raise InputError(f"the image holds {pixels.dtype}; give real numbers.")
+    pixels = pixels.astype(np.float64)
+    bad = int(np.count_nonzero(~np.isfinite(pixels)))
+    if bad:
+        raise InputError(f"{bad} of the image's {pixels.size} pixels are not finite; fill or crop them.")
+    if np.ptp(pixels) == 0:
+        raise InputError(f"all pixels of the image are {pixels.flat[0]:g}: there is nothing to find.")
+    return pixels
+
+
+def _frequencies(shape: tuple[int, ...]) -> Floats:
+    """Length of the spatial frequency [1/px] of each element of ``fft2``."""
+    return np.hypot(np.fft.fftfreq(shape[0])[:, None], np.fft.fftfreq(shape[1])[None, :])
+
+
+def _noise(pixels: Floats) -> _Noise:
+    """White noise from the spectrum's corners (above 0.5 / px), its variance as a line in the local intensity."""
+    corner = _frequencies(pixels.shape) > 0.5
+    high = np.fft.ifft2(np.fft.fft2(pixels - pixels.mean()) * corner).real
+    square = high**2 / corner.mean()
+    intensity = ndimage.gaussian_filter(pixels, 2.0)
+    order = np.argsort(intensity, axis=None)
+    bins = np.array_split(order, 16)
+    x = np.array([pixels.flat[b].mean() for b in bins])
+    y = np.array([square.flat[b].mean() for b in bins])
+    least = (1e-4 * np.ptp(pixels)) ** 2
+    if np.ptp(x) == 0:
+        return _Noise(0.0, max(float(y.mean()), least))
+    gain, floor = np.polyfit(x, y, 1, w=1 / np.maximum(y, least))
+    if gain <= 0 or gain * x[0] + floor <= 0:
+        gain, floor = 0.0, float(y.mean())
+    return _Noise(float(gain), max(float(floor), least) if gain == 0 else float(floor) + least)
+
+
+def _blob_width(pixels: Floats, noise: _Noise, pixel_size_m: float | None) -> float:
+    """A first width [px] of the columns: 1 / (2 pi) over the rms frequency of what stands out of the spectrum.
+
+    Sharp peaks are judged against the median of their ring, so shapes and slopes of the specimen do not count. An
+    image of isolated Gaussians, whose spectrum is exp(-(2 pi w f)^2), has the rms frequency 1 / (2 pi w).
+    """
+    window = np.outer(np.hanning(pixels.shape[0]), np.hanning(pixels.shape[1]))
+    mean = float((pixels * window).sum() / window.sum())
+    power = np.abs(np.fft.fft2((pixels - mean) * window)) ** 2
+    white = float((noise.variance(pixels) * window**2).sum())
+    frequency = _frequencies(pixels.shape)
+    ring = np.round(frequency * min(pixels.shape)).astype(int)
+    medians = np.asarray(ndimage.median(power, ring, np.arange(ring.max() + 1))) / np.log(2)
+    seen = (frequency > 1 / 64) & (frequency < 0.45)
+    sharp = np.where(seen, np.maximum(power - 12 * np.maximum(medians[ring], white), 0), 0)
+    if sharp.any():
+        return float(np.clip(np.sqrt(sharp.sum() / (sharp * frequency**2).sum()) / (2 * np.pi), 0.95, 12))
+    if pixel_size_m:
+        return float(np.clip(_COLUMN_SIGMA_M / pixel_size_m, 0.95, 12))
+    return 2.5
+
+
+def _peaks(flat: Floats, variance: Floats, width: float, excess: float) -> Floats:
+    """(n, 2) maxima of the negative Laplacian of a Gaussian of ``width`` that noise would hardly make.
+
+    The filter is blind to constants and slopes. ``excess`` is how much the image's own residual exceeds the noise.
+    """
+    response = -ndimage.gaussian_laplace(flat, width, mode="reflect")
+    z = response / (excess * np.sqrt(_filtered_variance(variance, width)))
+    threshold = float(stats.norm.isf(min(0.5, 4 * np.pi * width**2 / flat.size)))
+    size = 2 * max(1, round(width)) + 1
+    top = (response == ndimage.maximum_filter(response, size, mode="nearest")) & (z > threshold)
+    top[[0, -1], :] = top[:, [0, -1]] = False
+    return np.argwhere(top).astype(np.float64)
+
+
+def _filtered_variance(variance: Floats, width: float) -> Floats:
+    """Variance of white noise after the Laplacian of a Gaussian."""
+    reach = int(np.ceil(5 * width))
+    delta = np.zeros((2 * reach + 1, 2 * reach + 1))
+    delta[reach, reach] = 1.0
+    kernel = ndimage.gaussian_laplace(delta, width)
+    return ndimage.gaussian_filter(variance, width) * float((kernel**2).sum())
+
+
+def _unexplained(residual: Floats, variance: Floats, width: float) -> float:
+    """Robust ratio of the residual's matched-filter response to what white noise would give, at least 1."""
+    z = ndimage.gaussian_laplace(residual, width) / np.sqrt(_filtered_variance(variance, width))
+    return max(1.0, 1.4826 * float(np.median(np.abs(z - np.median(z)))))
+
+
+def _doubted(residual: Floats, variance: Floats, width: float) -> Floats:
+    """The variance, raised to the residual's own where a first fit left more than noise (cut columns, odd shapes)."""
+    ratio = ndimage.gaussian_filter(residual**2 / variance, width)
+    chance = np.sqrt(2 / (4 * np.pi * width**2))
+    return np.where(ratio > 1 + 3 * chance, variance * ratio, variance)
+
+
+def _start(flat: Floats, peaks: Floats, width: float, known: Floats) -> Floats:
+    """First parameters (n, 4) of the columns at ``peaks``; those that were fitted before go on from there."""
+    low = ndimage.minimum_filter(ndimage.gaussian_filter(flat, 0.5 * width), 2 * int(np.ceil(2 * width)) + 1)
+    at = tuple(peaks.astype(int).T)
+    height = np.maximum(ndimage.gaussian_filter(flat, 0.5 * width)[at] - low[at], 1e-9 * np.ptp(flat))
+    start = np.column_stack([peaks, height, np.full(len(peaks), np.log(width))])
+    if len(known):
+        far, which = (np.asarray(v) for v in cKDTree(known[:, :2]).query(peaks))
+        again = far < width
+        start[again] = known[which[again]]
+        start = start[
+            np.sort(np.unique(np.where(again, which, len(known) + np.arange(len(peaks))), return_index=True)[1])
+        ]
+    return start
+
+
+class _Model:
+    """The image as a sum: a bilinear background on a coarse mesh and one Gaussian a column.
+
+    The linear algebra of the fit is done without a matrix: :meth:`times` is J v, :meth:`transposed` is J^T u for the
+    Jacobian J of the image by all parameters together, each column's four (y, x, A, ln w) and each mesh point's one.
+    """
+
+    def __init__(self, columns: Floats, mesh: Floats, shape: tuple[int, ...], width: float) -> None:
+        self.shape, self.columns, self.mesh = shape, columns, mesh
+        reach = max(2, int(np.ceil(3 * width)))
+        offset = np.arange(-reach, reach + 1)
+        centre = np.round(columns[:, :2]).astype(int)
+        rows, cols = centre[:, :1] + offset, centre[:, 1:2] + offset
+        per = np.exp(-2 * columns[:, 3:4])
+        dy, dx = rows - columns[:, :1], cols - columns[:, 1:2]
+        gy = np.exp(-0.5 * per * dy**2) * ((rows >= 0) & (rows < shape[0]))
+        gx = np.exp(-0.5 * per * dx**2) * ((cols >= 0) & (cols < shape[1]))
+        unit = gy[:, :, None] * gx[:, None, :]
+        own = columns[:, 2, None, None] * unit
+        place = rows.clip(0, shape[0] - 1)[:, :, None] * shape[1] + cols.clip(0, shape[1] - 1)[:, None, :]
+        self.place = place.reshape(len(columns), -1)
+        self.slopes = np.empty((len(columns), 4, self.place.shape[1]))
+        self.slopes[:, 0] = (own * (dy * per)[:, :, None]).reshape(self.place.shape)
+        self.slopes[:, 1] = (own * (dx * per)[:, None, :]).reshape(self.place.shape)
+        self.slopes[:, 2] = unit.reshape(self.place.shape)
+        self.slopes[:, 3] = (own * ((dy**2 * per)[:, :, None] + (dx**2 * per)[:, None, :])).reshape(self.place.shape)
+        self.along = tuple(_hats(n, m) for n, m in zip(shape, mesh.shape, strict=True))
+        self.image = self._paint(own.reshape(self.place.shape)) + self.along[0] @ mesh @ self.along[1].T
+
+    def _paint(self, stamps: Floats) -> Floats:
+        size = self.shape[0] * self.shape[1]
+        return np.asarray(np.bincount(self.place.ravel(), stamps.ravel(), minlength=size), float).reshape(self.shape)
+
+    def times(self, v: Floats) -> Floats:
+        """J v, an image."""
+        steps, mesh = self.split(v)
+        stamps = (steps[:, None, :] @ self.slopes)[:, 0]
+        return self._paint(stamps) + self.along[0] @ mesh @ self.along[1].T
+
+    def transposed(self, u: Floats) -> Floats:
+        """J^T u of an image, a vector of parameters."""
+        stamps = u.ravel()[self.place]
+        columns = (self.slopes @ stamps[:, :, None])[:, :, 0]
+        return np.concatenate([columns.ravel(), (self.along[0].T @ u @ self.along[1]).ravel()])
+
+    def split(self, v: Floats) -> tuple[Floats, Floats]:
+        """A vector of parameters as (n, 4) of the columns and the mesh."""
+        n = 4 * len(self.columns)
+        return v[:n].reshape(-1, 4), v[n:].reshape(self.mesh.shape)
+
+    def blocks(self, weight: Floats) -> tuple[Floats, Floats]:
+        """Diagonal of J^T W J: (n, 4, 4) of the columns alone, and of each mesh point."""
+        scaled = self.slopes * weight.ravel()[self.place][:, None, :]
+        return scaled @ self.slopes.transpose(0, 2, 1), (self.along[0].T ** 2) @ weight @ (self.along[1] ** 2)
+
+
+def _hats(size: int, nodes: int) -> Floats:
+    """(size, nodes) matrix of linear interpolation from ``nodes`` even points onto ``size`` pixels."""
+    position = np.linspace(0, nodes - 1, size)
+    return np.maximum(1 - np.abs(position[:, None] - np.arange(nodes)), 0)
+
+
+class _Equations:
+    """Damped normal equations of one Gauss-Newton step, solved by conjugate gradients."""
+
+    def __init__(self, model: _Model, weight: Floats, damping: float) -> None:
+        self.model, self.weight, self.damping = model, weight, damping
+        columns, mesh = model.blocks(weight)
+        columns[:, 3, 3] += _LOG_WIDTH_SPREAD**-2
+        self.diagonal = np.concatenate([np.diagonal(columns, axis1=1, axis2=2).ravel(), mesh.ravel()])
+        scale = np.sqrt(np.diagonal(columns, axis1=1, axis2=2)) + 1e-150
+        relative = columns / (scale[:, :, None] * scale[:, None, :]) + (damping + 1e-9) * np.eye(4)
+        self.inverse = np.linalg.inv(relative) / (scale[:, :, None] * scale[:, None, :])
+        self.mesh_inverse = 1 / np.maximum(mesh, 1e-9 * mesh.max())
+
+    def _times(self, v: Floats) -> Floats:
+        out = self.model.transposed(self.weight * self.model.times(v)) + self.damping * self.diagonal * v
+        self.model.split(out)[0][:, 3] += self.model.split(v)[0][:, 3] * _LOG_WIDTH_SPREAD**-2
+        return out
+
+    def _roughly(self, v: Floats) -> Floats:
+        columns, mesh = self.model.split(v)
+        return np.concatenate([(self.inverse @ columns[:, :, None]).ravel(), (self.mesh_inverse * mesh).ravel()])
+
+    def solve(self, right: Floats, precision: float, most: int = 60) -> Floats:
+        """Conjugate gradients, preconditioned by each column's own block, to a relative ``precision``."""
+        x, r = np.zeros_like(right), right.copy()
+        z = self._roughly(r)
+        p, rz = z.copy(), float(r @ z)
+        enough = rz * precision**2
+        for _ in range(most):
+            if rz <= enough or rz == 0:
+                break
+            q = self._times(p)
+            step = rz / float(p @ q)
+            x += step * p
+            r -= step * q
+            z = self._roughly(r)
+            rz, old = float(r @ z), rz
+            p = z + rz / old * p
+        return x
+
+
+def _fit(flat: Floats, variance: Floats, start: Floats, width: float, steps: int) -> tuple[_Fit, Floats]:
+    """Fit all columns and the background together (Levenberg-Marquardt); also the model's image."""
+    weight = 1 / variance
+    nodes = tuple(max(2, round(n / (8 * width)) + 1) for n in flat.shape)
+    model = _Model(start, np.full(nodes, np.percentile(flat, 10)), flat.shape, width)
+    spread = _LOG_WIDTH_SPREAD
+
+    def cost(m: _Model, middle: float) -> float:
+        return float((weight * (flat - m.image) ** 2).sum() + (((m.columns[:, 3] - middle) / spread) ** 2).sum())
+
+    damping = 1e-3
+    for _ in range(steps):
+        middle = float(np.median(model.columns[:, 3]))
+        price = cost(model, middle)
+        slope = model.transposed(weight * (flat - model.image))
+        model.split(slope)[0][:, 3] -= (model.columns[:, 3] - middle) / spread**2
+        step, mesh = model.split(_Equations(model, weight, damping).solve(slope, 0.05))
+        room = 0.5 * np.exp(model.columns[:, 3:4])
+        step[:, :2] = step[:, :2].clip(-room, room)
+        step[:, 3] = step[:, 3].clip(-0.3, 0.3)
+        columns = model.columns + step
+        columns[:, 2] = np.maximum(columns[:, 2], 0.02 * model.columns[:, 2])
+        trial = _Model(columns, model.mesh + mesh, flat.shape, width)
+        gain = price - cost(trial, middle)
+        if gain < 0:
+            damping *= 20
+            continue
+        model, damping = trial, damping / 5
+        if gain < 0.02 * len(start):
+            break
+    return _Fit(model.columns, _deviations(model, weight, flat)), model.image
+
+
+def _deviations(model: _Model, weight: Floats, flat: Floats) -> Floats:
+    """(n, 4) 1-sigma deviations of the columns' parameters.
+
+    Each column's own block of the normal matrix gives its deviations as if its neighbours were known. How much wider
+    the neighbours make them is measured once for all: noise sent through the full equations spreads as their inverse.
+    Where a column's window holds more than noise, its reduced chi-square widens it further.
+    """
+    equations = _Equations(model, weight, 0.0)
+    alone = np.sqrt(np.maximum(np.diagonal(equations.inverse, axis1=1, axis2=2), 0))
+    rng = np.random.default_rng(0)
+    draws = []
+    for _ in range(2):
+        right = model.transposed(np.sqrt(weight) * rng.standard_normal(flat.shape))
+        model.split(right)[0][:, 3] += rng.standard_normal(len(alone)) / _LOG_WIDTH_SPREAD
+        draws.append(model.split(equations.solve(right, 0.05))[0] / alone)
+    wider = np.maximum(np.sqrt(np.mean(np.square(draws), axis=(0, 1))), 1.0)
+    chi2 = weight * (flat - model.image) ** 2
+    core = model.slopes[:, 2] > np.exp(-2)
+    local = (chi2.ravel()[model.place] * core).sum(axis=1) / np.maximum(core.sum(axis=1), 1)
+    few = np.sqrt(2 / np.maximum(core.sum(axis=1), 1))
+    return alone * wider * np.sqrt(np.maximum(local / (1 + few), 1.0))[:, None]
+
+
+def _believable(fit: _Fit, width: float, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Which fits are columns: significant, not far too weak, wide or narrow, on the image, and not doubled."""
+    value, sigma = fit
+    good = np.isfinite(value).all(axis=1) & np.isfinite(sigma).all(axis=1)
+    good &= value[:, 2] > 4 * sigma[:, 2]
+    good &= (sigma[:, :2] < 0.5 * width).all(axis=1)
+    good &= np.abs(value[:, 3] - np.log(width)) < np.log(2.2)
+    good &= ((value[:, :2] >= -1) & (value[:, :2] <= shape)).all(axis=1)
+    if good.any():
+        good &= value[:, 2] > _LEAST_AMPLITUDE * float(np.percentile(value[good, 2], 75))
+    index = np.flatnonzero(good)
+    doubled = index[cKDTree(value[index, :2]).query_pairs(1.2 * width, output_type="ndarray")]
+    weaker = np.where(value[doubled[:, 0], 2] < value[doubled[:, 1], 2], doubled[:, 0], doubled[:, 1])
+    good[weaker] = False
+    return good
+
+
+def _columns(value: Floats, sigma: Floats) -> Columns:
+    return Columns(value[:, :2], sigma[:, :2], value[:, 2], np.exp(value[:, 3]), sublattices(value[:, 2]))
+
+
+def sublattices(amplitude: Floats, most: int = 3) -> NDArray[np.int64]:
+    """Sort columns into classes of brightness, 0 the brightest.
+
+    One-dimensional mixtures of 1 to ``most`` Gaussians are fitted by expectation maximisation; the Bayesian
+    information criterion chooses the number (G. Schwarz, Ann. Statist. 6 (1978) 461, doi:10.1214/aos/1176344136).
+    Classes must also be apart (Ashman's D above 2: K. M. Ashman et al., Astron. J. 108 (1994) 2348,
+    doi:10.1086/117248) and each hold a twentieth of the columns, so that a slope of thickness makes no sublattice.
+
+    Parameters
+    ----------
+    amplitude : (n,) brightness, any unit.
+    most : largest number of classes.
+
+    Returns
+    -------
+    (n,) class of each column.
+
+    >>> sublattices(np.array([1.0, 9.1, 1.1, 8.9, 0.9, 9.0, 1.05, 9.05] * 4))[:4]
+    array([1, 0, 1, 0])
+    """
+    n = len(amplitude)
+    chosen = np.zeros(n, dtype=np.int64)
+    if n < 8 or np.ptp(amplitude) == 0:
+        return chosen
+    best = -2 * float(stats.norm.logpdf(amplitude, amplitude.mean(), amplitude.std()).sum()) + 2 * np.log(n)
+    for k in range(2, most + 1):
+        share, mean, spread, log_likelihood, member = _mixture(amplitude, k)
+        bic = -2 * log_likelihood + (3 * k - 1) * np.log(n)
+        order = np.argsort(-mean)
+        gap = -np.diff(mean[order])
+        apart = np.sqrt(2) * gap / np.hypot(spread[order][1:], spread[order][:-1])
+        if bic < best - 10 and apart.min() > 2 and share.min() > 0.05:
+            best, chosen = bic, np.argsort(order)[member].astype(np.int64)
+    return chosen
+
+
+def _mixture(x: Floats, k: int) -> tuple[Floats, Floats, Floats, float, NDArray[np.int64]]:
+    """Shares, means, deviations, log-likelihood and most likely class of a mixture of ``k`` Gaussians."""
+    mean = np.percentile(x, 100 * (np.arange(k) + 0.5) / k)
+    for _ in range(20):  # k-means gives the start
+        member = np.abs(x[:, None] - mean).argmin(axis=1)
+        mean = np.array([x[member == j].mean() if (member == j).any() else mean[j] for j in range(k)])
+    least = 1e-3 * float(x.std())
+    spread = np.array([max(x[member == j].std() if (member == j).any() else 0, least) for j in range(k)])
+    share = np.maximum(np.bincount(member, minlength=k) / len(x), 1e-3)
+    last = -np.inf
+    log_likelihood = last
+    density = np.zeros((len(x), k))
+    for _ in range(300):
+        density = np.log(share) + stats.norm.logpdf(x[:, None], mean, spread)
+        top = density.max(axis=1, keepdims=True)
+        part = np.exp(density - top)
+        log_likelihood = float((top[:, 0] + np.log(part.sum(axis=1))).sum())
+        part /= part.sum(axis=1, keepdims=True)
+        mass = part.sum(axis=0) + 1e-12
+        share, mean = mass / mass.sum(), (part * x[:, None]).sum(axis=0) / mass
+        spread = np.maximum(np.sqrt((part * (x[:, None] - mean) ** 2).sum(axis=0) / mass), least)
+        if log_likelihood - last < 1e-6 * len(x):
+            break
+        last = log_likelihood
+    return share, mean, spread, log_likelihood, density.argmax(axis=1)

@@ -1,0 +1,417 @@
+"""What the instrument's side never forgets: every intent to expose and every result, and who asked for what.
+
+The :class:`Spool` is an append-only file of framed records. Before an exposure its *intent* is made durable
+(fdatasync), after it its *result* with the frames; only then is the reply sent. So a repeated command id answers the
+first result, also after the process was killed, and an intent without a result says that the outcome is unknown.
+
+A record is a header ``magic, length, synced, crc32c of the payload, crc32c of the header`` and a msgpack payload.
+``synced`` is the size of the file that was known to be durable when the record was written: a broken record that no
+later record calls durable is the torn end of a crash and is cut off; any other is an ``IntegrityError``.
+
+The :class:`Audit` is a file of JSON lines, each with the hash of the one before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+
+from stemloop.core.errors import IntegrityError, OutcomeUnknown, StorageError
+from stemloop.core.protocols import Exposure
+from stemloop.instrument import wire
+
+_HEADER = struct.Struct("<4sIQI")
+_CRC = struct.Struct("<I")
+_HEADER_BYTES = _HEADER.size + _CRC.size
+_MAGIC = b"SLS1"
+
+_sync = getattr(os, "fdatasync", os.fsync)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    if sys.platform != "win32":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _crc(data: bytes | memoryview) -> int:
+    return int(google_crc32c.value(bytes(data)))
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+class Journal:
+    """An append-only file of framed records; see the module's page for what a crash may do to it.
+
+    Parameters
+    ----------
+    path : Path
+        The file; made if it is not there. Its torn end, if it has one, is cut off.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
+            sync_directory(path.parent)
+            self.size = os.fstat(self._descriptor).st_size
+            self._synced = 0
+            self._failed = ""
+            self._end = self._scan()
+            self._cut(self._end)
+        except OSError as error:
+            raise StorageError(f"cannot open {path}: {error.strerror}. Choose a writable directory.") from None
+
+    def _scan(self) -> int:
+        """Where the first record that cannot be read begins; raises if it was ever durable."""
+        offset = 0
+        while offset < self.size:
+            found = self._parse(offset)
+            if found is None:
+                self._judge(offset)
+                return offset
+            offset = found[1]
+        return offset
+
+    def _parse(self, offset: int) -> tuple[int, int, bytes] | None:
+        """(synced, end, payload) of the record at ``offset``, or None if there is no whole record."""
+        if offset + _HEADER_BYTES > self.size:
+            return None
+        head = self._read(offset, _HEADER_BYTES)
+        if _CRC.unpack(head[_HEADER.size :])[0] != _crc(head[: _HEADER.size]):
+            return None
+        magic, length, synced, crc = _HEADER.unpack(head[: _HEADER.size])
+        begin = offset + _HEADER_BYTES
+        if magic != _MAGIC or begin + length > self.size:
+            return None
+        payload = self._read(begin, length)
+        return (synced, begin + length, payload) if _crc(payload) == crc else None
+
+    def _read(self, offset: int, length: int) -> bytes:
+        os.lseek(self._descriptor, offset, os.SEEK_SET)
+        parts = []
+        while length:
+            part = os.read(self._descriptor, length)
+            if not part:
+                raise IntegrityError(f"{self.path} is shorter than its records say.")
+            parts.append(part)
+            length -= len(part)
+        return b"".join(parts)
+
+    def _judge(self, broken: int) -> None:
+        """Raise if any whole record after ``broken`` was written when the bytes at ``broken`` were durable."""
+        rest = self._read(broken, self.size - broken)
+        at = rest.find(_MAGIC, 1)
+        while at >= 0:
+            found = self._parse(broken + at)
+            if found is not None and found[0] > broken:
+                raise IntegrityError(
+                    f"{self.path}: the record at byte {broken} is not what was written, and it was durable. "
+                    "Keep the file for an inspection and start the server on a new directory."
+                )
+            at = rest.find(_MAGIC, at + 1)
+
+    def _cut(self, end: int) -> None:
+        if self.size != end:
+            os.ftruncate(self._descriptor, end)
+        os.fsync(self._descriptor)
+        self.size = self._synced = end
+
+    def __iter__(self) -> Any:
+        """(offset, record) of every record in the file, in order."""
+        offset = 0
+        while offset < self.size:
+            found = self._parse(offset)
+            if found is None:
+                raise IntegrityError(f"{self.path}: the record at byte {offset} is not what was written.")
+            yield offset, wire.decode(found[2])
+            offset = found[1]
+
+    def read(self, offset: int) -> dict[str, Any]:
+        """The record at ``offset``."""
+        found = self._parse(offset)
+        if found is None:
+            raise IntegrityError(f"{self.path}: the record at byte {offset} is not what was written.")
+        return wire.decode(found[2])
+
+    def append(self, record: dict[str, Any], durable: bool) -> int:
+        """Write a record, durably or not; returns its offset. A ``StorageError`` if the disk refuses."""
+        if self._failed:
+            raise StorageError(f"{self.path} cannot be written any more ({self._failed}): restart the server.")
+        payload = wire.encode(record)
+        head = _HEADER.pack(_MAGIC, len(payload), self._synced, _crc(payload))
+        offset = self.size
+        try:
+            os.lseek(self._descriptor, offset, os.SEEK_SET)
+            _write_all(self._descriptor, head + _CRC.pack(_crc(head)))
+            _write_all(self._descriptor, payload)
+        except OSError as error:
+            self._undo(offset, error)
+            raise StorageError(f"cannot write {self.path}: {error.strerror}. Make room on the disk.") from None
+        self.size = offset + _HEADER_BYTES + len(payload)
+        if durable:
+            try:
+                _sync(self._descriptor)
+            except OSError as error:  # what is on the disk is unknown now, and a second fdatasync would not tell
+                self._failed = f"fdatasync failed: {error.strerror}"
+                raise StorageError(f"cannot make {self.path} durable: {error.strerror}. Check the disk.") from None
+            self._synced = self.size
+        return offset
+
+    def _undo(self, offset: int, error: OSError) -> None:
+        try:
+            os.ftruncate(self._descriptor, offset)
+        except OSError:
+            self._failed = f"a write failed: {error.strerror}"
+
+    def close(self) -> None:
+        """Make everything durable and close the file."""
+        if self._descriptor >= 0:
+            if not self._failed:
+                _sync(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class Spool:
+    """The durable memory of an instrument server.
+
+    Attributes
+    ----------
+    spent : int
+        Electrons of all exposures so far, those with an unknown outcome included.
+    fencing : int
+        The last fencing number given.
+    state : dict or None
+        The instrument's state after the last command that is known, or None at the very beginning.
+    counts : dict
+        The next sequence number of each stream.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._journal = Journal(path)
+        self._results: dict[str, int] = {}
+        self._streamed: dict[str, dict[str, Any]] = {}
+        self._lost: dict[str, dict[str, Any]] = {}
+        self.spent = 0
+        self.fencing = 0
+        self.state: dict[str, Any] | None = None
+        self.counts: dict[str, int] = {}
+        open_intents: dict[str, dict[str, Any]] = {}
+        for offset, record in self._journal:
+            if record["record"] == "intent":
+                open_intents[record["id"]] = record
+            else:
+                open_intents.pop(record.get("id", ""), None)
+                self._learn(offset, record)
+        for intent in open_intents.values():
+            self.result(intent["id"], intent["instruction"], intent["reserved"], error=self._unknown(intent["id"]))
+
+    @staticmethod
+    def _unknown(command_id: str) -> OutcomeUnknown:
+        return OutcomeUnknown(
+            f"the exposure {command_id!r} was begun and the server stopped before its end: it counts as exposed and is "
+            "not repeated. Ask for the same with a new command id if the dose allows it."
+        )
+
+    def _learn(self, offset: int, record: dict[str, Any]) -> None:
+        kind = record["record"]
+        if kind == "lease":
+            self.fencing = record["fencing"]
+            return
+        if stream := record.get("stream"):
+            self._streamed[record["id"]] = stream
+            self.counts[stream["stream"]] = stream["first"] + stream["count"]
+        if kind == "result":
+            self._results[record["id"]] = offset
+            self.spent += record["settled"]
+            if record["exposure"] is not None:
+                self.state = record["exposure"]["state"]
+
+    def lease(self, fencing: int) -> None:
+        """Make a new fencing number durable."""
+        self._append({"record": "lease", "fencing": fencing}, durable=True)
+
+    def intent(self, command_id: str, instruction: dict[str, Any], fencing: int, reserved: int, who: str) -> None:
+        """Make it durable that an exposure is about to begin."""
+        self._append(
+            {
+                "record": "intent",
+                "id": command_id,
+                "instruction": instruction,
+                "fencing": fencing,
+                "reserved": reserved,
+                "who": who,
+                "utc": time.time(),
+            },
+            durable=True,
+        )
+
+    def result(
+        self,
+        command_id: str,
+        instruction: dict[str, Any],
+        settled: int,
+        exposure: Exposure | None = None,
+        error: Exception | None = None,
+        stream: dict[str, Any] | None = None,
+        durable: bool = True,
+    ) -> None:
+        """Keep how a command ended: its ``exposure``, or the ``error`` that it will answer whenever it is repeated."""
+        self._append(
+            {
+                "record": "result",
+                "id": command_id,
+                "instruction": instruction,
+                "settled": settled,
+                "exposure": exposure and wire.exposure_to_message(exposure),
+                "error": error and [getattr(error, "code", "instrument"), str(error)],
+                "stream": stream,
+                "utc": time.time(),
+            },
+            durable,
+        )
+
+    def find(self, command_id: str) -> dict[str, Any] | None:
+        """How the command ended (``instruction``, ``exposure``, ``error``), read back from the disk, or None."""
+        if command_id in self._lost:
+            return self._lost[command_id]
+        offset = self._results.get(command_id)
+        return None if offset is None else self._journal.read(offset)
+
+    def lost(self, command_id: str, instruction: dict[str, Any], settled: int, error: OutcomeUnknown) -> None:
+        """The exposure was made and its frames could not be kept: the id answers ``error`` from now on."""
+        try:
+            self.result(command_id, instruction, settled, error=error)
+        except StorageError:  # after a restart the intent without a result says the same
+            kept = {"instruction": instruction, "exposure": None, "error": [error.code, str(error)]}
+            self._lost[command_id] = kept
+
+    def number(self, stream: str, count: int) -> dict[str, Any]:
+        """The sequence numbers that the next ``count`` frames of ``stream`` will have; not yet taken."""
+        return {"stream": stream, "first": self.counts.get(stream, 0), "count": count}
+
+    def streamed(self, command_id: str, stream: str, count: int) -> dict[str, Any]:
+        """The sequence numbers of a command's frames: always the same ones, durable before they are returned."""
+        if command_id not in self._streamed:
+            numbers = self.number(stream, count)
+            self._append({"record": "streamed", "id": command_id, "stream": numbers}, durable=True)
+        return self._streamed[command_id]
+
+    def _append(self, record: dict[str, Any], durable: bool) -> None:
+        self._learn(self._journal.append(record, durable), record)
+
+    def close(self) -> None:
+        """Make everything durable and close the file."""
+        self._journal.close()
+
+
+class Audit:
+    """A log of JSON lines, each with the SHA-256 of the line before: a changed, lost or inserted line shows.
+
+    An entry holds who asked, under which lease and command id, the instruction, the hash of the limits, the verdict,
+    the hash of the frames and the latency. It is written at once and made durable by the system.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
+            self._lock = threading.Lock()
+            last, end = self._last_line()
+            os.ftruncate(self._descriptor, end)
+            os.lseek(self._descriptor, 0, os.SEEK_END)
+        except OSError as error:
+            raise StorageError(f"cannot open {path}: {error.strerror}. Choose a writable directory.") from None
+        self._last = hashlib.sha256(last).hexdigest() if last else ""
+
+    def _last_line(self) -> tuple[bytes, int]:
+        """The last whole line (without its end) and where it ends; what follows was torn by a crash."""
+        size = os.fstat(self._descriptor).st_size
+        tail = 2**16
+        while True:
+            begin = max(0, size - tail)
+            os.lseek(self._descriptor, begin, os.SEEK_SET)
+            lines = os.read(self._descriptor, size - begin).split(b"\n")
+            if begin == 0 or len(lines) > 2:
+                return (lines[-2] if len(lines) > 1 else b""), size - len(lines[-1])
+            tail *= 4
+
+    def write(self, **entry: Any) -> None:
+        """Append one entry. A ``StorageError`` if the disk refuses."""
+        with self._lock:
+            line = json.dumps({"utc": time.time(), **wire.plain(entry), "previous": self._last}, default=str).encode()
+            try:
+                _write_all(self._descriptor, line + b"\n")
+            except OSError as error:
+                raise StorageError(f"cannot write {self._path}: {error.strerror}. Make room on the disk.") from None
+            self._last = hashlib.sha256(line).hexdigest()
+
+    def close(self) -> None:
+        """Make everything durable and close the file."""
+        if self._descriptor >= 0:
+            _sync(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def verify_audit(path: str | Path) -> int:
+    """Check the chain of an audit log; returns the number of entries, or raises ``IntegrityError`` naming the line."""
+    last = ""
+    count = 0
+    for line in Path(path).read_bytes().splitlines():
+        try:
+            previous = json.loads(line)["previous"]
+        except (ValueError, KeyError, TypeError):
+            previous = None
+        if previous != last:
+            raise IntegrityError(f"{path}, line {count + 1}: it does not follow from the line before; one was changed.")
+        last = hashlib.sha256(line).hexdigest()
+        count += 1
+    return count
+
+
+class DirectoryLock:
+    """Holds a directory for one process: a second server on it is refused. The system frees it with the process."""
+
+    def __init__(self, directory: Path) -> None:
+        self._descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            _lock(self._descriptor)
+        except OSError:
+            os.close(self._descriptor)
+            raise StorageError(
+                f"another instrument server runs on {directory}: stop it, or choose another directory."
+            ) from None
+
+    def close(self) -> None:
+        """Let the directory go."""
+        os.close(self._descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
