@@ -20,7 +20,7 @@ from stemloop.campaign.recipes import Recipe
 from stemloop.campaign.settings import Settings
 from stemloop.campaign.site import Site
 from stemloop.campaign.stopwatch import Stopwatch
-from stemloop.core.protocols import Progress
+from stemloop.core.protocols import Belief, Progress
 from stemloop.core.units import electrons
 from stemloop.decide import gp
 from stemloop.decide.acquire import ACQUISITIONS, initial_design
@@ -35,21 +35,28 @@ FIXED_DESIGNS = ("random", "grid")
 
 @dataclass
 class Measurements:
-    """All that was measured so far: ``index`` into the candidates, values and deviations in the recipe's unit."""
+    """All that was measured so far: ``index`` into the candidates, and the journal's ``results`` batch by batch."""
 
     index: list[int] = field(default_factory=list)
     value: list[float] = field(default_factory=list)
     sigma: list[float] = field(default_factory=list)
+    descriptors: dict[str, list[Any]] = field(default_factory=dict)
 
-    def add(self, index: list[int], value: list[float], sigma: list[float]) -> None:
-        """Append one batch; places that gave no usable value (NaN) count as exposed and teach nothing."""
+    def add(self, index: list[int], result: dict[str, Any]) -> None:
+        """Append one batch; places that gave no usable value (None) count as exposed and teach nothing."""
         self.index += index
-        self.value += value
-        self.sigma += sigma
+        self.value += [float("nan") if v is None else v for v in result["value"]]
+        self.sigma += [float("nan") if s is None else s for s in result["sigma"]]
+        for name in result.get("descriptors") or self.descriptors:
+            rows = (result.get("descriptors") or {}).get(name, [None] * len(index))
+            self.descriptors.setdefault(name, []).extend(rows)
 
-    @property
-    def usable(self) -> NDArray[np.bool_]:
-        return np.isfinite(self.value) & np.isfinite(self.sigma)
+    def usable(self, first: int | None = None) -> dict[str, Any]:
+        """What can be believed of the ``first`` points: ``index`` (n,), ``value``, ``sigma`` and ``descriptors``."""
+        ok = np.flatnonzero(np.isfinite(self.value[:first]) & np.isfinite(self.sigma[:first]))
+        descriptors = {name: [rows[i] for i in ok] for name, rows in self.descriptors.items()}
+        value, sigma = (np.array(numbers)[ok] for numbers in (self.value, self.sigma))
+        return {"index": np.array(self.index, int)[ok], "value": value, "sigma": sigma, "descriptors": descriptors}
 
 
 @dataclass(frozen=True)
@@ -73,8 +80,8 @@ class Experiment:
         self.data = Measurements()
         self.history: list[dict[str, Any]] = []
         self.stop_reason: str | None = None
-        self.belief: gp.GaussianProcess | None = None
-        self._hyper: gp.Hyperparameters | None = None
+        self.belief: Belief | None = None
+        self._hyper: list[gp.Hyperparameters] | None = None
         self._started = time.monotonic()
         self._seconds_before = 0.0
 
@@ -126,7 +133,7 @@ class Experiment:
             number += 1
 
     def _adopt(self, decision: dict[str, Any]) -> None:
-        self._hyper = gp.Hyperparameters.from_dict(decision["hyper"]) if decision["hyper"] else None
+        self._hyper = _hyperparameters(decision["hyper"]) if decision["hyper"] else None
         self._seconds_before = max(self._seconds_before, decision["seconds"] - (time.monotonic() - self._started))
         self.history.append({key: decision[key] for key in HISTORY})
 
@@ -138,18 +145,10 @@ class Experiment:
 
     # ------------------------------------------------------------------------------------------------ decision
 
-    def believe(self) -> gp.GaussianProcess:
-        """Fit the Gaussian process to all usable measurements, from the last hyperparameters."""
-        ok = self.data.usable
-        index = np.array(self.data.index)[ok]
-        self.belief = gp.fit(
-            self.recipe.features[index],
-            np.array(self.data.value)[ok],
-            np.array(self.data.sigma)[ok],
-            start=self._hyper,
-            field_m=self.recipe.features_extent,
-            **self.recipe.belief,
-        )
+    def believe(self) -> Any:
+        """Fit the belief to all usable measurements, from the last hyperparameters."""
+        found = self.data.usable()
+        self.belief = self.recipe.believe(found, found["index"], self._hyper)
         return self.belief
 
     def recall(self) -> None:
@@ -157,18 +156,14 @@ class Experiment:
         if self.belief is None:
             self.belief = self.belief_after(len(self.history) - 1)
 
-    def belief_after(self, number: int) -> gp.GaussianProcess | None:
+    def belief_after(self, number: int) -> Belief | None:
         """The belief at decision ``number``, from the measurements and hyperparameters of that time; None if there
         was none yet."""
         past = self.history[number]
         if past["hyper"] is None:
             return None
-        ok = self.data.usable[: past["points"]]
-        index = np.array(self.data.index)[: past["points"]][ok]
-        value, sigma = (np.array(v)[: past["points"]][ok] for v in (self.data.value, self.data.sigma))
-        return gp.GaussianProcess(
-            self.recipe.features[index], value, sigma, gp.Hyperparameters.from_dict(past["hyper"])
-        )
+        found = self.data.usable(past["points"])
+        return self.recipe.recall(found, found["index"], _hyperparameters(past["hyper"]))
 
     def predict(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Mean and 1-sigma deviation of the property at all candidates."""
@@ -193,13 +188,14 @@ class Experiment:
                 decision["chosen"] = self._first(fixed, rng)
                 decision["stop"] = None if decision["chosen"] else self._exhausted()
                 return decision
-            if not self.data.usable.any():
+            if not len(self.data.usable()["index"]):
                 decision["stop"] = "no-usable-measurement"
                 return decision
             belief = self.believe()
             _, sigma = self.predict()
             decision["sigma_max"], decision["sigma_mean"] = float(sigma.max()), float(sigma.mean())
-            decision["hyper"] = belief.hyperparameters.to_dict()
+            known = belief.hyperparameters
+            decision["hyper"] = [h.to_dict() for h in (known if isinstance(known, tuple) else (known,))]
             progress = Progress(decision["points"], decision["sigma_max"], decision["electrons"], decision["seconds"])
             decision["stop"] = self._stop_rule()(progress) or ("points" if fixed else None)
             if not decision["stop"]:
@@ -231,7 +227,7 @@ class Experiment:
         choose = ACQUISITIONS[str(self.settings.acquisition)]
         return [int(i) for i in choose(None, self.recipe.features, n, (0.0, 0.0), rng)] if n else []
 
-    def _next(self, belief: gp.GaussianProcess, rng: np.random.Generator) -> list[int]:
+    def _next(self, belief: Any, rng: np.random.Generator) -> list[int]:
         free = np.setdiff1d(np.arange(len(self.recipe.candidates_m)), self.data.index)
         n = self._affordable(self.settings.batch or self.recipe.batch)
         if n == 0 or len(free) == 0:
@@ -254,6 +250,8 @@ class Experiment:
             known = self.site.journal.append("result", key, **found)
         elif frames is not None:
             self.recipe.replay(known)
-        value = [float("nan") if v is None else v for v in known["value"]]
-        sigma = [float("nan") if s is None else s for s in known["sigma"]]
-        self.data.add(index, value, sigma)
+        self.data.add(index, known)
+
+
+def _hyperparameters(wire: list[dict[str, Any]]) -> list[gp.Hyperparameters]:
+    return [gp.Hyperparameters.from_dict(h) for h in wire]

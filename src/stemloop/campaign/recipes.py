@@ -6,6 +6,7 @@ frames into values with deviations. The loop knows nothing else of it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -20,14 +21,16 @@ from stemloop.campaign.site import Site
 from stemloop.campaign.stopwatch import Stopwatch
 from stemloop.core.errors import InputError, OutcomeUnknown
 from stemloop.core.instruction import Diffraction, Image, Instruction, Optics, Spectrum
-from stemloop.core.protocols import InstrumentInfo
+from stemloop.core.protocols import Belief, InstrumentInfo
 from stemloop.core.registry import Registry
 from stemloop.core.structure import Columns, Descriptors
+from stemloop.decide import gp
+from stemloop.decide.derived import Derived, fit_derived
 from stemloop.decide.gp import LogNormal, Prior
 from stemloop.describe.atoms import find_columns
 from stemloop.describe.lattice import orientation
 from stemloop.describe.patterns import PatternDescriber
-from stemloop.energetics.energies import energy_model
+from stemloop.energetics.energies import energy_model, expect
 from stemloop.reduce.spectra import SCALARIZERS
 
 RECIPES: Registry[type[Recipe]] = Registry("recipe")
@@ -90,7 +93,7 @@ class Recipe:
     features: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 2)))
     features_extent: tuple[float, float] = (1.0, 1.0)
     #: Choices of :func:`stemloop.decide.gp.fit` for this property.
-    belief: dict[str, Any] = field(default_factory=dict)
+    fitting: dict[str, Any] = field(default_factory=dict)
     overview: Overview | None = None
 
     @property
@@ -116,6 +119,20 @@ class Recipe:
     def truth(self, truth: Any) -> NDArray[np.float64] | None:
         """The property at all candidates by the specimen's truth file, for scoring."""
         return None
+
+    def believe(self, found: dict[str, Any], index: NDArray[np.int64], start: list[Any] | None) -> Belief:
+        """Fit a belief to what was found at the candidates ``index`` (n,), from the last hyperparameters.
+
+        ``found`` holds the results' lists, joined. By default one Gaussian process sees ``value`` and ``sigma``.
+        """
+        value, sigma = np.array(found["value"]), np.array(found["sigma"])
+        first = None if start is None else start[0]
+        return gp.fit(self.features[index], value, sigma, start=first, field_m=self.features_extent, **self.fitting)
+
+    def recall(self, found: dict[str, Any], index: NDArray[np.int64], known: list[gp.Hyperparameters]) -> Belief:
+        """The belief that :meth:`believe` gave, from its hyperparameters."""
+        value, sigma = np.array(found["value"]), np.array(found["sigma"])
+        return gp.GaussianProcess(self.features[index], value, sigma, known[0])
 
     def reference(self, settings: Settings) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
         """The property at all candidates as it was recorded, with its deviation, where a whole recording is at hand."""
@@ -251,6 +268,30 @@ class StrainEnergy(DiffractionRecipe):
         assert self.overview is not None
         return energy_model(self.material, settings.calculator, rotation_rad=self.overview.rotation_rad)
 
+    def explain(self, mean: NDArray[np.float64]) -> Callable[[NDArray[np.float64]], Any]:
+        """From means (3, m) of e_mean, e_diff, e_xy to a function from their variances (3, m) to the strain energy's
+        mean (m,) and deviation (m,)."""
+        mixed = np.array([[1.0, 1.0, 0.0], [1.0, -1.0, 0.0], [0.0, 0.0, 1.0]])
+        answer = self.model.surface.answer(self.model.surface.within_limit((mixed @ mean).T))
+
+        def moments(variance: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+            return expect(answer, np.einsum("ij,jn,kj->nik", mixed, variance, mixed))
+
+        return moments
+
+    def believe(self, found: dict[str, Any], index: NDArray[np.int64], start: list[Any] | None) -> Belief:
+        """One Gaussian process for each strain component; the energy is derived from them."""
+        mean, sigma = (np.array(found["descriptors"][name])[:, :3] for name in ("mean", "sigma"))
+        return fit_derived(
+            self.features[index], mean, sigma, self.explain, start=start, field_m=self.features_extent, **self.fitting
+        )
+
+    def recall(self, found: dict[str, Any], index: NDArray[np.int64], known: list[gp.Hyperparameters]) -> Belief:
+        mean, sigma = (np.array(found["descriptors"][name])[:, :3].T for name in ("mean", "sigma"))
+        places = self.features[index]
+        fields = (gp.GaussianProcess(places, y, s, h) for y, s, h in zip(mean, sigma, known, strict=True))
+        return Derived(tuple(fields), self.explain)
+
     def truth(self, truth: Any) -> NDArray[np.float64] | None:
         strain = truth.descriptors(self.candidates_m).strain
         value, _ = self.model.surface.fork().energies(strain)
@@ -343,7 +384,7 @@ class EelsMap(Recipe):
         self._need(info)
         self.current_A = float(site.scope.state().get("current_A", self.current_A))
         # a scan along one direction across layers; deviations estimated from the spectra themselves may be too small
-        self.belief = {"anisotropic": True, "prior": Prior(noise=LogNormal(0.1, 1.0))}
+        self.fitting = {"anisotropic": True, "prior": Prior(noise=LogNormal(0.1, 1.0))}
         self.scalarize = SCALARIZERS[settings.scalarizer or "Ti-L23"]
         self.unit = self.scalarize.unit
         self.grid = recorded_grid(info) if info.positions_m is not None else nyquist_grid(info, 20e-3)

@@ -27,7 +27,7 @@ from stemloop.stream.landing import LandingLog
 
 
 def start(settings: Settings, directory: Path | None = None) -> Run:
-    """Begin a run in ``directory`` (made; it must not hold a run already). All names are checked first."""
+    """Begin a run in ``directory`` (made; it must not hold a run already). Names are checked first."""
     RECIPES[settings.recipe]
     if settings.instrument == "twin":
         from stemloop.simulate.specimens import SPECIMENS
@@ -123,7 +123,7 @@ class Run:
                 past["correlation"] = float(np.corrcoef(mean, known)[0, 1])
 
     def _map(self) -> tuple[np.ndarray, np.ndarray]:
-        if not self.experiment.data.usable.any():
+        if not len(self.experiment.data.usable()["index"]):
             nothing = np.full(len(self.recipe.candidates_m), np.nan)
             return nothing, nothing
         self.experiment.recall()
@@ -148,7 +148,7 @@ class Run:
         scored = None if truth is None else score(mean, sigma, truth)
         if reference is not None:
             # what was recorded is a measurement: its own deviation, and the learned noise, belong into the comparison
-            noise = experiment.belief.hyperparameters.noise if experiment.belief is not None else 0.0
+            noise = float((experiment.history[-1]["hyper"] or [{"noise": 0.0}])[0]["noise"])
             scored = score(mean, np.sqrt(sigma**2 + reference[1] ** 2 + noise**2), reference[0])
         return {
             "recipe": self.settings.recipe,
@@ -180,7 +180,29 @@ class Run:
             if r["kind"] == "exposure" and not r["lost"]
         }
         run = {"id": self.site.run_id, "settings": self.settings.to_dict(), "summary": self.summary}
-        files.seal(self.site.log.batches(), self.directory / "frames.h5", run=run, calibrations=calibrations)
+        files.seal(
+            self.site.log.batches(),
+            self.directory / "frames.h5",
+            run=run,
+            calibrations=calibrations,
+            positions=self._positions(),
+            overwrite=True,
+        )
+
+    def _positions(self) -> dict[str, np.ndarray]:
+        """Of each stream of points: the position (y, x) [m] of every frame, by sequence number."""
+        placed: dict[str, dict[int, Any]] = {}
+        for record in self.site.journal.records:
+            if record["kind"] == "exposure" and not record["lost"]:
+                asked = self.site.journal.find("command", record["key"]) or {}
+                where = record["calibration"]
+                for k, position in enumerate(asked["instruction"].get("positions_m", [])):
+                    placed.setdefault(where["stream"], {})[where["first"] + k] = position
+        filled = {}
+        for stream, known in placed.items():
+            filled[stream] = np.full((max(known) + 1, 2), np.nan)
+            filled[stream][list(known)] = list(known.values())
+        return filled
 
     def _maps(
         self,

@@ -162,7 +162,12 @@ class Fantasies:
         self.variance = np.maximum(self.variance - row**2, 0.0)
 
 
-def _greedy(fantasies: Fantasies, n: int, score: Callable[[Array], Array]) -> Indices:
+def _imagine(belief: Any, points: Array) -> Any:
+    """Fantasies of a belief: of its own kind if it has one (``imagine``), else those of a Gaussian process."""
+    return belief.imagine(points) if hasattr(belief, "imagine") else Fantasies(belief, points)
+
+
+def _greedy(fantasies: Any, n: int, score: Callable[[Array], Array]) -> Indices:
     """``n`` different candidates, each the best by ``score(variance)`` after those before it were imagined."""
     chosen = np.empty(n, dtype=np.int64)
     for k in range(n):
@@ -183,7 +188,7 @@ def uncertainty(belief: Any, candidates: Array, n: int, start: Position, rng: np
     A. Krause, A. Singh and C. Guestrin, JMLR 9 (2008) 235 (greedy choice by entropy).
     """
     n = _asked(candidates, n)
-    return _visited(_greedy(Fantasies(belief, candidates), n, np.copy), candidates, start)
+    return _visited(_greedy(_imagine(belief, candidates), n, np.copy), candidates, start)
 
 
 def expected_improvement_of(mean: Array, sigma: Array, best: float) -> Array:
@@ -211,4 +216,4 @@ def expected_improvement(belief: Any, candidates: Array, n: int, start: Position
     def score(variance: Array) -> Array:
         return expected_improvement_of(mean, np.sqrt(variance), best)
 
-    return _visited(_greedy(Fantasies(belief, candidates), n, score), candidates, start)
+    return _visited(_greedy(_imagine(belief, candidates), n, score), candidates, start)

@@ -52,6 +52,13 @@ def propagate(answer: Answer, covariance: Array) -> tuple[Array, Array]:
     return value, np.sqrt(first + second + answer.sigma**2)
 
 
+def expect(answer: Answer, covariance: Array) -> tuple[Array, Array]:
+    """Mean (n,) and deviation (n,) [eV] of the energy where the strain is believed to be normal about the strains of
+    ``answer`` with ``covariance`` (n, 3, 3): ``E + tr(H C)/2`` and the variance of :func:`propagate`."""
+    value, sigma = propagate(answer, covariance)
+    return value + np.einsum("nij,nji->n", answer.hessian, covariance), sigma
+
+
 class StrainEnergy:
     """Strain energy [eV a primitive cell] of a material, from a calculator's energy surface.
 
@@ -253,4 +260,4 @@ def energy_model(
     return model(known, name, supercell, Calculations(kept, workers, timeout_s), **choices)
 
 
-__all__ = ["ENERGY_MODELS", "DefectEnergy", "StrainEnergy", "energy_model", "propagate"]
+__all__ = ["ENERGY_MODELS", "DefectEnergy", "StrainEnergy", "energy_model", "expect", "propagate"]

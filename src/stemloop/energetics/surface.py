@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations_with_replacement, product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,14 +90,17 @@ class Invariants:
 
     def derivative(self, u: Array, orders: tuple[int, int, int]) -> Array:
         """(n, features): the derivative of each feature at ``u`` (n, 3), ``orders`` times along each axis."""
-        values = np.ones((len(u), len(self._exponents)))
+        values = np.ones((len(self._exponents), len(u)))
         for axis, order in enumerate(orders):
-            power = self._exponents[:, axis].astype(float)
+            powers = np.ones((int(self._exponents[:, axis].max()) + 1, len(u)))
+            for k in range(1, len(powers)):
+                powers[k] = powers[k - 1] * u[:, axis]
+            power = self._exponents[:, axis]
             for _ in range(order):
-                values *= power
+                values *= power[:, None]
                 power = power - 1
-            values *= u[:, axis, None] ** np.maximum(power, 0)
-        return values @ self._mix.T
+            values *= powers[np.maximum(power, 0)]
+        return (self._mix @ values).T
 
     def jacobian(self, u: Array) -> Array:
         """(n, 3, features)."""
@@ -105,13 +108,13 @@ class Invariants:
 
     def hessian(self, u: Array) -> Array:
         """(n, 3, 3, features)."""
-        rows = []
-        for i, j in product(range(3), repeat=2):
+        found = np.empty((len(u), 3, 3, len(self)))
+        for i, j in combinations_with_replacement(range(3), 2):
             orders = [0, 0, 0]
             orders[i] += 1
             orders[j] += 1
-            rows.append(self.derivative(u, (orders[0], orders[1], orders[2])))
-        return np.stack(rows, axis=1).reshape(len(u), 3, 3, -1)
+            found[:, i, j] = found[:, j, i] = self.derivative(u, (orders[0], orders[1], orders[2]))
+        return found
 
 
 @dataclass(frozen=True)
