@@ -66,4 +66,6 @@ def test_reflections_are_reciprocal_to_the_lattice(phase):
     vectors = np.array([[a, 0], [0, a]]) if kind == "square" else np.array([[a, 0], [a / 2, a * 3**0.5 / 2]])
     products = reflections(phase) @ vectors.T
     np.testing.assert_allclose(products, np.rint(products), atol=1e-12)
-    assert {tuple(g) for g in reflections(phase).round(9) + 0.0} == {tuple(-g) for g in reflections(phase).round(9) + 0.0}
+    assert {tuple(g) for g in reflections(phase).round(9) + 0.0} == {
+        tuple(-g) for g in reflections(phase).round(9) + 0.0
+    }
