@@ -33,7 +33,7 @@ from stemloop.simulate.examples import POSITIONS, USUAL, USUALLY, Ranges, exampl
 #: How the patterns of a set are shared among the materials.
 SHARES = {"MoS2": 0.35, "graphene": 0.35, "SrTiO3": 0.25, "vacuum": 0.05}
 #: Fields of each material in the sets that calibrate and that test, and positions on each.
-HELD_OUT = {"MoS2": 24, "graphene": 24, "SrTiO3": 24, "vacuum": 4}
+HELD_OUT = {"MoS2": 24, "graphene": 24, "SrTiO3": 24, "vacuum": 24}
 HELD_OUT_POSITIONS = 40
 SHIPPED = Path(__file__).parents[1] / "describe" / "weights"
 

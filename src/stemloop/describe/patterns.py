@@ -141,9 +141,9 @@ class PatternDescriber:
                 read = list(pool.map(lambda part: self._read(part, known), parts))
         else:
             read = [self._read(part, known) for part in parts]
-        widths = (len(UNITS), len(UNITS), len(PHASES), len(SITES))
         if not read:
-            return Descriptors(*(np.empty((0, k)) for k in widths), np.empty(0))
+            seven = np.empty((0, len(UNITS)))
+            return Descriptors(seven, seven, np.empty((0, len(PHASES))), np.empty((0, len(SITES))), np.empty(0))
         stretch, sigma, phase, site, novelty = (np.concatenate(p).astype(np.float64) for p in zip(*read, strict=True))
         return self._described(stretch * UNITS, sigma * UNITS, phase, site, novelty, known, turn, rotation_rad)
 

@@ -111,7 +111,8 @@ def exposed(
     ``condition``, ``labels`` (n, 7), ``phase``, ``site``, ``dose``.
     """
     n = len(examples)
-    dose = np.exp(rng.uniform(*np.log(DOSE_RANGE), n)) if dose is None else np.asarray(dose, dtype=np.float64)
+    low, high = np.log(DOSE_RANGE)
+    dose = np.exp(rng.uniform(low, high, n)) if dose is None else np.asarray(dose, dtype=np.float64)
     clean = examples.patterns.astype(np.float32)
     labels = examples.labels
     if blur_px is None:

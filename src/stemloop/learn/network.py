@@ -59,12 +59,12 @@ def build(width: int = 192) -> Any:
             self.register_buffer("window", window, persistent=False)
             inputs = MAPS * len(g) * window.shape[2]
             self.scale = nn.BatchNorm1d(inputs, affine=False)
-            self.trunk = hidden(inputs + width + _CONDITIONS)
+            self.trunk = hidden(inputs + _CONDITIONS)
             self.mean = nn.Linear(width, 7)
             self.log_sigma = nn.Linear(width, 7)
             self.site = nn.Linear(width, len(SITES))
 
-        def forward(self, maps: Any, look: Any, known: Any, guess: Any) -> tuple[Any, Any, Any, Any]:
+        def forward(self, maps: Any, known: Any, guess: Any) -> tuple[Any, Any, Any, Any]:
             m, d, s, phi = (guess[:, i] * UNITS[i] for i in range(4))
             a, b = 1 + m + d, 1 + m - d
             det = a * b - s * s
@@ -77,7 +77,7 @@ def build(width: int = 192) -> Any:
             grid = at * (2 / (SIZE - 1)) - 1
             seen = nn.functional.grid_sample(maps, grid, mode="bicubic", padding_mode="zeros", align_corners=True)
             seen = self.scale(seen.flatten(1)).clamp(-8, 8)
-            features = self.trunk(torch.cat([seen, look, known], 1))
+            features = self.trunk(torch.cat([seen, known], 1))
             step = self.mean(features)
             mean = torch.cat([step[:, :4] + guess, step[:, 4:]], 1)
             return mean, self.log_sigma(features).clamp(-7, 4), self.site(features), features
@@ -87,6 +87,7 @@ def build(width: int = 192) -> Any:
             super().__init__()
             self.scale = nn.BatchNorm1d(2 * (SIZE // 2) ** 2, affine=False)
             self.trunk = hidden(2 * (SIZE // 2) ** 2 + _CONDITIONS)
+            self.drop = nn.Dropout(0.1)
             self.phase = nn.Linear(width, len(PHASES))
             self.guess = nn.Linear(width, 4 * len(CRYSTALS))
             self.experts = nn.ModuleList(Expert(p) for p in CRYSTALS)
@@ -97,21 +98,21 @@ def build(width: int = 192) -> Any:
 
         def first_look(self, maps: Any, known: Any) -> tuple[Any, Any, Any]:
             small = nn.functional.avg_pool2d(maps[:, :2], 2).flatten(1)
-            look = self.trunk(torch.cat([self.scale(small).clamp(-8, 8), known], 1))
+            look = self.trunk(torch.cat([self.drop(self.scale(small).clamp(-8, 8)), known], 1))
             return look, self.phase(look), self.guess(look).reshape(-1, len(CRYSTALS), 4)
 
-        def second_look(self, crystal: int, maps: Any, look: Any, known: Any, guess: Any) -> tuple[Any, Any, Any, Any]:
-            return self.experts[crystal](maps, look, known, guess)  # type: ignore[no-any-return]
+        def second_look(self, crystal: int, maps: Any, known: Any, guess: Any) -> tuple[Any, Any, Any, Any]:
+            return self.experts[crystal](maps, known, guess)  # type: ignore[no-any-return]
 
-        def read(self, crystal: int, maps: Any, look: Any, known: Any, guess: Any) -> tuple[Any, Any, Any, Any]:
+        def read(self, crystal: int, maps: Any, known: Any, guess: Any) -> tuple[Any, Any, Any, Any]:
             """Two second looks, the latter from the answer of the former."""
-            once = self.second_look(crystal, maps, look, known, guess)[0][:, :4]
-            return self.second_look(crystal, maps, look, known, once)
+            once = self.second_look(crystal, maps, known, guess)[0][:, :4]
+            return self.second_look(crystal, maps, known, once)
 
         def features(self, maps: Any, known: Any) -> tuple[Any, ...]:
             look, phase, guess = self.first_look(maps, known)
             chosen = nn.functional.one_hot(phase[:, : len(CRYSTALS)].argmax(1), len(CRYSTALS)).to(maps.dtype)
-            answers = [self.read(c, maps, look, known, guess[:, c]) for c in range(len(CRYSTALS))]
+            answers = [self.read(c, maps, known, guess[:, c]) for c in range(len(CRYSTALS))]
             mean, log_sigma, site, features = (
                 sum(a[part] * chosen[:, c : c + 1] for c, a in enumerate(answers)) for part in range(4)
             )
