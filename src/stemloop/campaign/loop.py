@@ -89,8 +89,12 @@ class Experiment:
 
     @property
     def target_sigma(self) -> float:
-        """The wanted largest deviation, in the unit of the recipe."""
-        return self.settings.target_sigma or self.recipe.target_sigma
+        """The wanted largest deviation, in the unit of the recipe; infinite until a relative one can be known."""
+        wanted = self.settings.target_sigma or self.recipe.target_sigma
+        if wanted is not None:
+            return wanted
+        first = self.data.usable(self.history[1]["points"] if len(self.history) > 1 else None)["value"]
+        return float(self.recipe.target_share * np.ptp(first)) if len(first) else float("inf")
 
     @property
     def electrons_per_point(self) -> float:

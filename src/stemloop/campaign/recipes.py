@@ -7,7 +7,7 @@ frames into values with deviations. The loop knows nothing else of it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -38,18 +38,22 @@ RECIPES: Registry[type[Recipe]] = Registry("recipe")
 
 @dataclass(frozen=True)
 class Beam:
-    """How the beam is set: for the overview and for the measurement of one point."""
+    """How the beam is set: for the overview (semiangle, and pixel of its image) and for the measurement of one point
+    (semiangle and dwell)."""
 
     imaging_semiangle_rad: float
+    overview_pixel_m: float
     semiangle_rad: float
+    dwell_s: float
     current_A: float = 100e-12
 
 
-#: Nano-beams whose discs just separate, and imaging probes that resolve the lattice.
+#: Nano-beams whose discs just separate, and imaging probes that resolve the lattice. Light atoms scatter less: they are
+#: given more electrons a point.
 BEAMS = {
-    "MoS2": Beam(imaging_semiangle_rad=28e-3, semiangle_rad=7e-3),
-    "graphene": Beam(imaging_semiangle_rad=30e-3, semiangle_rad=9e-3),
-    "SrTiO3": Beam(imaging_semiangle_rad=22e-3, semiangle_rad=3e-3),
+    "MoS2": Beam(imaging_semiangle_rad=28e-3, overview_pixel_m=36e-12, semiangle_rad=7e-3, dwell_s=2e-3),
+    "graphene": Beam(imaging_semiangle_rad=30e-3, overview_pixel_m=36e-12, semiangle_rad=6.5e-3, dwell_s=4e-3),
+    "SrTiO3": Beam(imaging_semiangle_rad=22e-3, overview_pixel_m=50e-12, semiangle_rad=3e-3, dwell_s=1e-3),
 }
 
 
@@ -82,9 +86,11 @@ class Recipe:
     quantity: ClassVar[str] = ""
     kind: ClassVar[str] = ""
     unit: str = ""
-    target_sigma: float = 1.0
-    initial: int = 24
-    batch: int = 6
+    #: Wanted largest deviation, in ``unit``, or as a share of the range of the first design's values.
+    target_sigma: float | None = None
+    target_share: float = 0.1
+    initial: int = 40
+    batch: int = 8
     acquisition: str = "uncertainty"
     dwell_s: float = 1e-3
     current_A: float = 100e-12
@@ -168,9 +174,8 @@ class DiffractionRecipe(Recipe):
     """What the recipes on CBED patterns share: the overview, the describer and an energy model."""
 
     kind: ClassVar[str] = "diffraction"
-    #: Pixel of the overview [m] and its dwell [s].
-    overview_pixel_m: ClassVar[float] = 0.036e-9
-    overview_dwell_s: ClassVar[float] = 2e-6
+    #: The overview's share of the dose of the full raster.
+    overview_share: ClassVar[float] = 0.03
     #: A pattern this far from the training data (deviations) teaches nothing.
     novelty_limit: ClassVar[float] = 6.0
 
@@ -178,7 +183,8 @@ class DiffractionRecipe(Recipe):
         self.info = site.scope.info
         self._need(self.info)
         self.beam = self._beam()
-        self.current_A = self.beam.current_A
+        self.current_A, self.dwell_s = self.beam.current_A, self.beam.dwell_s
+        self.grid = nyquist_grid(self.info, self.beam.semiangle_rad)
         self.material = str(self.info.sample["material"])
         with watch("start"):
             self.describer = PatternDescriber()
@@ -194,15 +200,16 @@ class DiffractionRecipe(Recipe):
         raise NotImplementedError
 
     def _lay_out(self) -> None:
-        self.grid = nyquist_grid(self.info, self.beam.semiangle_rad)
+        assert self.grid is not None
         self.candidates_m = self.features = self.grid.positions_m
         self.features_extent = self.info.field_m
 
     def _look(self, site: Site, watch: Stopwatch) -> None:
         height, width = self.info.field_m
-        shape = round(height / self.overview_pixel_m), round(width / self.overview_pixel_m)
+        shape = round(height / self.beam.overview_pixel_m), round(width / self.beam.overview_pixel_m)
+        dwell_s = self.overview_share * self.raster_points * self.dwell_s / (shape[0] * shape[1])
         site.command(Optics(semiangle_rad=self.beam.imaging_semiangle_rad, current_A=self.current_A), "optics-overview")
-        asked = Image((0.0, 0.0), (height, width), shape, self.overview_dwell_s)
+        asked = Image((0.0, 0.0), (height, width), shape, dwell_s)
         frames, _ = site.expose(asked, "overview", watch)
         if frames is None:
             raise OutcomeUnknown(
@@ -262,7 +269,12 @@ class StrainEnergy(DiffractionRecipe):
     name: ClassVar[str] = "strain-energy"
     quantity: ClassVar[str] = "strain energy"
     unit: str = "eV/cell"
-    target_sigma: float = 8e-3
+    #: Wanted largest deviation [eV/cell].
+    targets: ClassVar[dict[str, float]] = {"MoS2": 6e-3, "graphene": 10e-3, "SrTiO3": 5e-3}
+
+    def _lay_out(self) -> None:
+        super()._lay_out()
+        self.target_sigma = self.targets[self.material]
 
     def _model(self, settings: Settings) -> Any:
         assert self.overview is not None
@@ -298,12 +310,8 @@ class StrainEnergy(DiffractionRecipe):
         return np.asarray(value)
 
 
-#: Smaller probes, whose discs overlap, for single sites.
-SITE_BEAMS = {
-    "MoS2": Beam(imaging_semiangle_rad=28e-3, semiangle_rad=11e-3),
-    "graphene": Beam(imaging_semiangle_rad=30e-3, semiangle_rad=12.5e-3),
-    "SrTiO3": Beam(imaging_semiangle_rad=22e-3, semiangle_rad=6.5e-3),
-}
+#: Semiangles [rad] of smaller probes, whose discs overlap, for single sites.
+SITE_SEMIANGLES = {"MoS2": 11e-3, "graphene": 12.5e-3, "SrTiO3": 6.5e-3}
 
 
 @RECIPES.register("defect-energy")
@@ -319,19 +327,17 @@ class DefectEnergy(DiffractionRecipe):
     name: ClassVar[str] = "defect-energy"
     quantity: ClassVar[str] = "formation energy of the site"
     unit: str = "eV"
-    target_sigma: float = 0.5
+    target_sigma: float | None = 0.5
     initial: int = 20
 
     def _beam(self) -> Beam:
-        beam_for(self.info)
-        return SITE_BEAMS[str(self.info.sample["material"])]
+        return replace(beam_for(self.info), semiangle_rad=SITE_SEMIANGLES[str(self.info.sample["material"])])
 
     def _model(self, settings: Settings) -> Any:
         return energy_model(self.material, settings.calculator, quantity="defect_energy")
 
     def _lay_out(self) -> None:
-        assert self.overview is not None
-        self.grid = nyquist_grid(self.info, self.beam.semiangle_rad)
+        assert self.overview is not None and self.grid is not None
         height, width = self.info.field_m
         y, x = self.overview.columns_m.T
         inside = (y > 0) & (y < height) & (x > 0) & (x < width)

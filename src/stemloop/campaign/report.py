@@ -16,20 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
+from stemloop.campaign.reasons import STOP_REASONS
 from stemloop.core.errors import StorageError
 
 Floats = NDArray[np.float64]
 
 _INK, _SOFT, _ACCENT, _WARM = "#1c2430", "#6b7685", "#2563a8", "#c2571a"
-_STOPS = {
-    "uncertainty": "the wanted deviation was reached",
-    "points": "the budget of points was spent",
-    "dose": "the dose budget was spent",
-    "time": "the time was over",
-    "seconds": "the time was over",
-    "exhausted": "every position had been measured",
-    "user": "somebody stopped it",
-}
 _STYLE = """
 :root { color-scheme: light dark; --page:#f6f7f9; --card:#fff; --ink:#1c2430; --soft:#5d6877; --line:#dfe4ea;
   --accent:#2563a8; --good:#1d7a46; --warn:#a8540c; }
@@ -155,7 +147,7 @@ class _Page:
     def headline(self) -> str:
         s = self.summary
         reason = str(s.get("stop_reason", "not known"))
-        told = _STOPS.get(reason)
+        told = STOP_REASONS.get(reason)
         stop = f"{html.escape(told)} (<code>{html.escape(reason)}</code>)" if told else html.escape(reason)
         facts = []
         points, raster = s.get("points"), s.get("raster_points")

@@ -45,7 +45,7 @@ def start(settings: Settings, directory: Path | None = None) -> Run:
 
 
 def resume(directory: Path) -> Run:
-    """Go on with the run in ``directory``: replay its journal, expose nothing twice, decide as it would have decided."""
+    """Go on with the run in ``directory``: replay its journal, expose nothing twice, decide the same."""
     site = Site.reopen(directory)
     return Run(site, site.settings)
 

@@ -10,16 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from stemloop.campaign.loop import Step
+from stemloop.campaign.reasons import STOP_REASONS
 from stemloop.campaign.run import Run
-
-REASONS = {
-    "uncertainty": "the wanted uncertainty was reached everywhere",
-    "points": "the budget of points was spent",
-    "dose": "the budget of dose was spent",
-    "time": "the budget of time was spent",
-    "all-measured": "every position of the map was measured",
-    "no-usable-measurement": "no measurement could be trusted",
-}
 
 
 def amount(value: float | None, unit: str) -> str:
@@ -85,7 +77,7 @@ def show(run: Run) -> int:
 def _result(run: Run) -> Table:
     s, unit = run.summary, run.recipe.unit
     table = Table(show_header=False, box=None)
-    table.add_row("stopped", REASONS.get(s["stop_reason"], s["stop_reason"]))
+    table.add_row("stopped", STOP_REASONS.get(s["stop_reason"], s["stop_reason"]))
     table.add_row("points", f"{s['points']} of {s['raster_points']} of the full raster")
     table.add_row("dose", f"{s['dose_fraction']:.2%} of the full raster, overview included")
     table.add_row("deviation", f"{amount(s['final_sigma'], unit)} at most (wanted {amount(s['target_sigma'], unit)})")

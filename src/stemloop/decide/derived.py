@@ -1,9 +1,10 @@
 """A property that follows from several believed fields.
 
 Some properties are poor fields for a Gaussian process and follow from good ones: a strain energy is flat with a sharp
-hill, never negative, and its measured values are skewed and noisiest where they are largest; the three strain components
-behind it are signed, smooth, and measured with nearly the same noise everywhere. Then the components are believed, each by
-its own exact Gaussian process, and the property is what a function makes of their mean and variance at a place.
+hill, never negative, and its measured values are skewed and noisiest where they are largest; the three strain
+components behind it are signed, smooth, and measured with nearly the same noise everywhere. Then the components are
+believed, each by its own exact Gaussian process, and the property is what a function makes of their mean and variance
+at a place.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from numpy.typing import ArrayLike
 from stemloop.core.errors import InputError
 from stemloop.decide.acquire import Fantasies
 from stemloop.decide.gp import Array, GaussianProcess, Hyperparameters, Prior, fit
+
+#: What is expected of length, amplitude and noise unless said otherwise.
+DEFAULT_PRIOR = Prior()
 
 #: From the means (k, m) of independent fields at m places to a function that takes their variances (k, m) and gives the
 #: property's value (m,) and deviation (m,): what depends on the means alone is worked out once.
@@ -79,7 +83,7 @@ def fit_derived(
     field_m: tuple[float, float],
     start: Sequence[Hyperparameters] | None = None,
     caution: float = 0.5,
-    prior: Prior = Prior(),
+    prior: Prior = DEFAULT_PRIOR,
 ) -> Derived:
     """Fit one Gaussian process to each column of ``values`` (n, k) with deviations ``sigmas`` (n, k).
 

@@ -97,7 +97,7 @@ CALCULATORS.register("GFN1-xTB")(
 )
 CALCULATORS.register("CHGNet")(
     Calculator(
-        "CHGNet", "chgnet", {"weights": "default"}, (_chgnet,), noise_eV=2e-5, noise_gradient_eV=5e-3, extra="ml"
+        "CHGNet", "chgnet", {"weights": "default"}, (_chgnet,), noise_eV=2e-4, noise_gradient_eV=3e-2, extra="ml"
     )
 )
 CALCULATORS.register("EMT")(Calculator("EMT", "ase", {}, (_emt,), noise_eV=1e-9, noise_gradient_eV=1e-6))

@@ -75,7 +75,7 @@ class Replay:
     image : Signal, optional
         An image (y, x) of the same field, which answers ``Image`` beside a spectrum image or a 4D-STEM recording.
     energy_eV : float, optional
-        The beam's energy [eV]; without it that of ``signal.metadata["energy_eV"]``, or 0, which means not recorded.
+        The beam's energy [eV]; without it that of ``signal.metadata["beam_energy_eV"]``, or 0: not recorded.
     current_A : float
         Beam current [A] that is charged.
     camera : Camera, optional
@@ -109,7 +109,7 @@ class Replay:
         if image is not None and dimensions != 2:
             self._image_pixel_m = self._match(image, field_m)
         if energy_eV is None:
-            energy_eV = float(signal.metadata.get("energy_eV", 0.0))
+            energy_eV = float(signal.metadata.get("beam_energy_eV", 0.0))
         kinds = {2: (), 3: (Spectrum.kind,), 4: (Diffraction.kind,)}[dimensions]
         if self._image is not None:
             kinds = (Image.kind, *kinds)

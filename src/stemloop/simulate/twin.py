@@ -266,7 +266,7 @@ class Twin:
         self._harm(rng, places.reshape(-1, 2), number, math.sqrt(pixel[0] * pixel[1]))
         state["probe_y_m"], state["probe_x_m"] = float(y[-1]), float(x[-1])
         calibration = {
-            "pixel_size_m": list(pixel),
+            "pixel_m": list(pixel),
             "origin_m": list(asked.origin_m),
             "detector": asked.detector,
             "ring_rad": list(RING_RAD),
