@@ -66,15 +66,17 @@ class Crystal:
         return Atoms(np.tile(element, n), positions=positions, cell=[*high, n * self.repeat_A], pbc=False)
 
 
-_HEXAGON = lambda a: ((a, 0.0), (a / 2, a * 3**0.5 / 2))  # noqa: E731
+def _hexagon(a: float) -> tuple[tuple[float, float], tuple[float, float]]:
+    return (a, 0.0), (a / 2, a * 3**0.5 / 2)
+
 
 #: Lattice constants and rms vibrations (rounded) after Schoenfeld et al. (1983), doi:10.1107/S0108768183002645 (MoS2),
-#: Abramov et al. (1995), doi:10.1107/S0108768195003752 (SrTiO3); graphene's in-plane vibration is about 0.063 A; silicon
-#: in graphene is given 0.07 A.
+#: Abramov et al. (1995), doi:10.1107/S0108768195003752 (SrTiO3); graphene's in-plane vibration is about 0.063 A and
+#: silicon in graphene is given 0.07 A.
 CRYSTALS = {
     "MoS2": Crystal(
         "MoS2",
-        _HEXAGON(3.16),
+        _hexagon(3.16),
         (("S", 1 / 3, 1 / 3, 0.7975), ("Mo", 0.0, 0.0, 2.3925), ("S", 1 / 3, 1 / 3, 3.9875)),
         repeat_A=4.785,
         slice_A=1.595,
@@ -85,7 +87,7 @@ CRYSTALS = {
     ),
     "graphene": Crystal(
         "graphene",
-        _HEXAGON(2.46),
+        _hexagon(2.46),
         (("C", 0.0, 0.0, 1.0), ("C", 1 / 3, 1 / 3, 1.0)),
         repeat_A=2.0,
         slice_A=2.0,

