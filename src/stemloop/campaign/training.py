@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import stemloop
+from stemloop.campaign.card import write_measured
 from stemloop.core.errors import StemloopError
 from stemloop.core.record import content_hash
 from stemloop.core.structure import PHASES
@@ -31,7 +32,7 @@ from stemloop.learn.train import Settings, train
 from stemloop.simulate.examples import POSITIONS, USUAL, USUALLY, Ranges, examples, write
 
 #: How the patterns of a set are shared among the materials.
-SHARES = {"MoS2": 0.35, "graphene": 0.35, "SrTiO3": 0.25, "vacuum": 0.05}
+SHARES = {"MoS2": 0.425, "graphene": 0.425, "SrTiO3": 0.1225, "vacuum": 0.026}
 #: Fields of each material in the sets that calibrate and that test, and positions on each.
 HELD_OUT = {"MoS2": 24, "graphene": 24, "SrTiO3": 24, "vacuum": 24}
 HELD_OUT_POSITIONS = 40
@@ -90,7 +91,7 @@ def train_cbed(
     *,
     resume: bool = False,
     start: Path | None = None,
-    outside_fields: int = 6,
+    outside_fields: int = 3,
 ) -> dict[str, Any]:
     """Simulate, train, calibrate, measure and write ``out/cbed.onnx`` and ``out/cbed.json``; returns the latter.
 
@@ -166,18 +167,21 @@ def main(arguments: list[str] | None = None) -> int:
         prog="./scripts/train cbed", description=__doc__.splitlines()[0] if __doc__ else ""
     )
     parser.add_argument("network", choices=["cbed"])
-    parser.add_argument("--examples", type=int, default=100_000, help="simulated patterns (default 100000)")
+    parser.add_argument("--examples", type=int, default=75_680, help="simulated patterns (default 75680)")
     parser.add_argument("--epochs", type=int, default=Settings.epochs)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="folder of cbed.onnx and cbed.json")
     parser.add_argument("--data", type=Path, default=Path("build/cbed"), help="folder of the training set")
     parser.add_argument("--start", type=Path, help="checkpoint whose weights are the first ones")
+    parser.add_argument("--card", type=Path, help="page whose measured part is written anew")
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args(arguments)
     settings = Settings(epochs=given.epochs, seed=given.seed, threads=given.threads)
     try:
-        train_cbed(given.out, given.data, given.examples, settings, resume=given.resume, start=given.start)
+        card = train_cbed(given.out, given.data, given.examples, settings, resume=given.resume, start=given.start)
+        if given.card:
+            write_measured(card, given.card)
     except StemloopError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

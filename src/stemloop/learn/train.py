@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ class Settings:
     """How to train: ``epochs`` passes in batches of ``batch``, over ``exposures`` noisy versions of each pattern in
     turn, the highest ``rate`` of a one-cycle schedule, hidden ``width``, ``threads`` of torch, ``seed`` of all."""
 
-    epochs: int = 18
-    exposures: int = 4
+    epochs: int = 8
+    exposures: int = 2
     batch: int = 256
     rate: float = 1.5e-3
     width: int = 192
@@ -45,12 +46,14 @@ class _Exposures:
         self._made: dict[int, dict[str, Any]] = {}
 
     def _make(self, number: int) -> dict[str, Any]:
-        parts: list[dict[str, Any]] = []
-        for start in range(0, len(self._examples), 256):
+        def part(start: int) -> dict[str, Any]:
             rng = np.random.default_rng([self._settings.seed, number, start])
-            part = exposed(self._examples.take(slice(start, start + 256)), rng)
-            del part["counts"]
-            parts.append({**part, "maps": part["maps"].astype(np.float16)})
+            made = exposed(self._examples.take(slice(start, start + 256)), rng)
+            del made["counts"]
+            return {**made, "maps": made["maps"].astype(np.float16)}
+
+        with ThreadPoolExecutor(self._settings.threads) as pool:
+            parts = list(pool.map(part, range(0, len(self._examples), 256)))
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[dict[str, Any]]:
