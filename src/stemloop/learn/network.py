@@ -36,7 +36,7 @@ def torch_module() -> Any:
     return torch
 
 
-def build(width: int = 192) -> Any:
+def build(width: int = 192) -> Any:  # noqa: C901 (modules can only be defined once torch is there)
     """A new network (``torch.nn.Module``) with hidden layers of ``width`` units.
 
     ``forward(maps (n, 3, 64, 64), condition (n, 3))`` gives ``mean`` (n, 7) and ``sigma`` (n, 7) in :data:`UNITS` of
