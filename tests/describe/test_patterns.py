@@ -1,3 +1,4 @@
+import inspect
 import os
 import subprocess
 import sys
@@ -57,8 +58,9 @@ def stacked(parts, name):
     return np.concatenate([getattr(p, name) for p in parts])
 
 
-def test_it_is_a_describer(describer):
-    assert isinstance(describer, Describer) or callable(describer)
+def test_it_is_called_as_the_protocol_says():
+    ours, socket = (inspect.signature(c.__call__).parameters for c in (PatternDescriber, Describer))
+    assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in socket.values()]
 
 
 def test_strain_is_read_within_its_deviation(describer, seen):

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stemloop.learn.examples import DOSE_RANGE, Examples, exposed
-from stemloop.learn.network import CRYSTALS, NOVELTY_DIMENSIONS, UNITS, torch_module
+from stemloop.learn.network import BEAM, CRYSTALS, NOVELTY_DIMENSIONS, UNITS, torch_module
 
 #: Edges of the bins of log10 electrons a pattern.
 DOSE_EDGES = np.linspace(np.log10(DOSE_RANGE[0]), np.log10(DOSE_RANGE[1]), 6)
@@ -92,17 +92,23 @@ def calibrate(network: Any, held_out: Examples, seed: int) -> NDArray[np.float64
 def _familiar(
     features: NDArray[np.float32], phase: NDArray[np.int64]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-    """Centre, whitened principal directions and usual reach of the features of each phase (P. C. Mahalanobis, 1936)."""
-    kinds = len(CRYSTALS) + 1
+    """Centre, whitened principal directions and usual reach of the features of each phase (P. C. Mahalanobis, 1936),
+    for the hidden layers and for the undiffracted beam apart."""
+    kinds, hidden = len(CRYSTALS) + 1, features.shape[1] - BEAM
     centre = np.zeros((kinds, features.shape[1]), dtype=np.float32)
-    whiten = np.zeros((kinds, features.shape[1], NOVELTY_DIMENSIONS), dtype=np.float32)
-    reach = np.ones(kinds, dtype=np.float32)
+    whiten = np.zeros((kinds, features.shape[1], NOVELTY_DIMENSIONS + BEAM), dtype=np.float32)
+    reach = np.ones((kinds, 2), dtype=np.float32)
+    blocks = ((slice(0, hidden), slice(0, NOVELTY_DIMENSIONS)), (slice(hidden, None), slice(NOVELTY_DIMENSIONS, None)))
     for k in np.unique(phase):
         mine = features[phase == k].astype(np.float64)
         centre[k] = mine.mean(0)
-        values, vectors = np.linalg.eigh(np.cov(mine, rowvar=False))
-        values, vectors = values[::-1][:NOVELTY_DIMENSIONS], vectors[:, ::-1][:, :NOVELTY_DIMENSIONS]
-        whiten[k] = vectors / np.sqrt(values + 1e-3 * values[0])
-        distance = np.sqrt(np.mean(((mine - centre[k]) @ whiten[k]) ** 2, axis=1))
-        reach[k] = np.quantile(distance, _WITHIN)
+        for part, (inputs, outputs) in enumerate(blocks):
+            block = mine[:, inputs] - centre[k, inputs]
+            spread = block.std(0) + 1e-6
+            values, vectors = np.linalg.eigh(np.cov(block / spread, rowvar=False))
+            kept = slice(None, -(outputs.stop or BEAM) - 1, -1)
+            values, vectors = values[kept], vectors[:, kept]
+            whiten[k, inputs, outputs] = vectors / np.sqrt(values + 1e-3 * values[0]) / spread[:, None]
+            distance = np.sqrt(np.mean((block @ whiten[k, inputs, outputs]) ** 2, axis=1))
+            reach[k, part] = np.quantile(distance, _WITHIN)
     return centre, whiten, reach

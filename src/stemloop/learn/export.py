@@ -43,6 +43,7 @@ def export(network: Any, card: dict[str, Any], path: Path) -> None:
             output_names=outputs,
             dynamic_axes={name: {0: "n"} for name in ["maps", "condition", *outputs]},
             opset_version=OPSET,
+            do_constant_folding=False,  # runtimes fold; the file keeps the names of the weights
             dynamo=False,
         )
     model = onnx.load(str(path))

@@ -36,7 +36,7 @@ def torch_module() -> Any:
     return torch
 
 
-def build(width: int = 192) -> Any:
+def build(width: int = 192) -> Any:  # noqa: C901 (modules can only be defined once torch is there)
     """A new network (``torch.nn.Module``) with hidden layers of ``width`` units.
 
     ``forward(maps (n, 3, 64, 64), condition (n, 3))`` gives ``mean`` (n, 7) and ``sigma`` (n, 7) in :data:`UNITS` of
@@ -49,35 +49,40 @@ def build(width: int = 192) -> Any:
     def hidden(inputs: int) -> Any:
         return nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
 
+    def scaled(norm: Any, x: Any) -> Any:
+        """``norm(x)`` within +-8; out of training in plain arithmetic, which exports whatever the shape's history."""
+        if norm.training:
+            return norm(x).clamp(-8, 8)
+        return ((x - norm.running_mean) * torch.rsqrt(norm.running_var + norm.eps)).clamp(-8, 8)
+
+    step = torch.arange(-_WINDOW, _WINDOW + 1, dtype=torch.float32)
+    window = torch.stack(torch.meshgrid(step, step, indexing="xy"), -1).reshape(1, 1, -1, 2)
+
+    def windows(maps: Any, g: Any, guess: Any) -> Any:
+        """(n, maps, m, points) of ``maps`` around the reflections ``g`` (n or 1, m, 2) of the guessed lattice."""
+        m, d, s, phi = (guess[:, i : i + 1] * UNITS[i] for i in range(4))
+        a, b = 1 + m + d, 1 + m - d
+        det = a * b - s * s
+        cos, sin = torch.cos(phi), torch.sin(phi)
+        x, y = cos * g[..., 0] - sin * g[..., 1], sin * g[..., 0] + cos * g[..., 1]
+        moved = torch.stack([(b * x - s * y) / det, (a * y - s * x) / det], -1)
+        grid = (moved[:, :, None, :] + window + CENTRE) * (2 / (SIZE - 1)) - 1
+        return nn.functional.grid_sample(maps, grid, mode="bicubic", padding_mode="zeros", align_corners=True)
+
     class Expert(nn.Module):  # type: ignore[misc, name-defined]
-        def __init__(self, phase: str) -> None:
+        def __init__(self, reflections: int) -> None:
             super().__init__()
-            g = torch.tensor(reflections(phase), dtype=torch.float32) / PIXEL_PER_A
-            step = torch.arange(-_WINDOW, _WINDOW + 1, dtype=torch.float32)
-            window = torch.stack(torch.meshgrid(step, step, indexing="xy"), -1).reshape(1, 1, -1, 2)
-            self.register_buffer("reflections", g, persistent=False)
-            self.register_buffer("window", window, persistent=False)
-            inputs = MAPS * len(g) * window.shape[2]
+            self.reflections = reflections
+            self.inputs = inputs = MAPS * reflections * window.shape[2]
             self.scale = nn.BatchNorm1d(inputs, affine=False)
             self.trunk = hidden(inputs + _CONDITIONS)
             self.mean = nn.Linear(width, 7)
             self.log_sigma = nn.Linear(width, 7)
             self.site = nn.Linear(width, len(SITES))
 
-        def forward(self, maps: Any, known: Any, guess: Any) -> tuple[Any, Any, Any, Any]:
-            m, d, s, phi = (guess[:, i] * UNITS[i] for i in range(4))
-            a, b = 1 + m + d, 1 + m - d
-            det = a * b - s * s
-            gx, gy = self.reflections[:, 0][None], self.reflections[:, 1][None]
-            cos, sin = torch.cos(phi)[:, None], torch.sin(phi)[:, None]
-            rx, ry = cos * gx - sin * gy, sin * gx + cos * gy
-            x = (b[:, None] * rx - s[:, None] * ry) / det[:, None]
-            y = (a[:, None] * ry - s[:, None] * rx) / det[:, None]
-            at = torch.stack([x, y], -1)[:, :, None, :] + self.window + CENTRE
-            grid = at * (2 / (SIZE - 1)) - 1
-            seen = nn.functional.grid_sample(maps, grid, mode="bicubic", padding_mode="zeros", align_corners=True)
-            seen = self.scale(seen.flatten(1)).clamp(-8, 8)
-            features = self.trunk(torch.cat([seen, known], 1))
+        def forward(self, seen: Any, known: Any, guess: Any) -> tuple[Any, Any, Any, Any]:
+            mine = scaled(self.scale, seen[:, :, : self.reflections].reshape(-1, self.inputs))
+            features = self.trunk(torch.cat([mine, known], 1))
             step = self.mean(features)
             mean = torch.cat([step[:, :4] + guess, step[:, 4:]], 1)
             return mean, self.log_sigma(features).clamp(-7, 4), self.site(features), features
@@ -90,41 +95,52 @@ def build(width: int = 192) -> Any:
             self.drop = nn.Dropout(0.1)
             self.phase = nn.Linear(width, len(PHASES))
             self.guess = nn.Linear(width, 4 * len(CRYSTALS))
-            self.experts = nn.ModuleList(Expert(p) for p in CRYSTALS)
-            k = 2 * width
-            self.register_buffer("centre", torch.zeros(len(PHASES), k))
-            self.register_buffer("whiten", torch.zeros(len(PHASES), k, NOVELTY_DIMENSIONS))
-            self.register_buffer("reach", torch.ones(len(PHASES)))
+            places = [reflections(p) / PIXEL_PER_A for p in CRYSTALS]
+            table = np.zeros((len(CRYSTALS), max(map(len, places)), 2), dtype=np.float32)
+            for c, g in enumerate(places):
+                table[c, : len(g)] = g
+            self.register_buffer("table", torch.from_numpy(table), persistent=False)
+            self.experts = nn.ModuleList(Expert(len(g)) for g in places)
+            k, kinds = 2 * width + BEAM, len(PHASES)
+            self.register_buffer("centre", torch.zeros(kinds, k))
+            self.register_buffer("whiten", torch.zeros(kinds, k, NOVELTY_DIMENSIONS + BEAM))
+            self.register_buffer("reach", torch.ones(kinds, 2))
 
         def first_look(self, maps: Any, known: Any) -> tuple[Any, Any, Any]:
             small = nn.functional.avg_pool2d(maps[:, :2], 2).flatten(1)
-            look = self.trunk(torch.cat([self.drop(self.scale(small).clamp(-8, 8)), known], 1))
+            look = self.trunk(torch.cat([self.drop(scaled(self.scale, small)), known], 1))
             return look, self.phase(look), self.guess(look).reshape(-1, len(CRYSTALS), 4)
 
         def second_look(self, crystal: int, maps: Any, known: Any, guess: Any) -> tuple[Any, Any, Any, Any]:
-            return self.experts[crystal](maps, known, guess)  # type: ignore[no-any-return]
-
-        def read(self, crystal: int, maps: Any, known: Any, guess: Any) -> tuple[Any, Any, Any, Any]:
-            """Two second looks, the latter from the answer of the former."""
-            once = self.second_look(crystal, maps, known, guess)[0][:, :4]
-            return self.second_look(crystal, maps, known, once)
+            expert = self.experts[crystal]
+            seen = windows(maps, self.table[crystal : crystal + 1, : expert.reflections], guess)
+            return expert(seen, known, guess)  # type: ignore[no-any-return]
 
         def features(self, maps: Any, known: Any) -> tuple[Any, ...]:
-            look, phase, guess = self.first_look(maps, known)
+            """Both looks, the second twice, by the expert of the likeliest crystal."""
+            look, phase, guesses = self.first_look(maps, known)
             chosen = nn.functional.one_hot(phase[:, : len(CRYSTALS)].argmax(1), len(CRYSTALS)).to(maps.dtype)
-            answers = [self.read(c, maps, known, guess[:, c]) for c in range(len(CRYSTALS))]
-            mean, log_sigma, site, features = (
-                sum(a[part] * chosen[:, c : c + 1] for c, a in enumerate(answers)) for part in range(4)
-            )
-            return mean, log_sigma, phase, site, torch.cat([look, features], 1)
+            g = torch.einsum("nc,cmx->nmx", chosen, self.table)
+            guess = (guesses * chosen[:, :, None]).sum(1)
+            for _ in range(2):
+                seen = windows(maps, g, guess)
+                answers = [expert(seen, known, guess) for expert in self.experts]
+                mean, log_sigma, site, features = (
+                    sum(a[part] * chosen[:, c : c + 1] for c, a in enumerate(answers)) for part in range(4)
+                )
+                guess = mean[:, :4]
+            near = slice(CENTRE - 4, CENTRE + 5, 2)
+            beam = maps[:, :2, near, near].reshape(-1, BEAM)
+            return mean, log_sigma, phase, site, torch.cat([look, features, beam], 1)
 
         def distance(self, features: Any, named: Any) -> Any:
             """Novelty: how far (n, k) features lie from those of the training set's phase ``named`` (n,), 3 at the
-            edge of what is usual (a Mahalanobis distance in :data:`NOVELTY_DIMENSIONS` directions)."""
+            edge of what is usual: the larger of two Mahalanobis distances, that of the hidden layers in
+            :data:`NOVELTY_DIMENSIONS` directions and that of the maps around the undiffracted beam."""
             chosen = nn.functional.one_hot(torch.as_tensor(named), len(PHASES)).to(features.dtype)
-            at = torch.einsum("nk,pkd->npd", features, self.whiten)
-            away = at - torch.einsum("pk,pkd->pd", self.centre, self.whiten)
-            return 3 * ((away.square().mean(2).sqrt() / self.reach) * chosen).sum(1)
+            away = torch.einsum("npk,pkd->npd", features[:, None, :] - self.centre, self.whiten).square()
+            parts = [away[:, :, :NOVELTY_DIMENSIONS].mean(2), away[:, :, NOVELTY_DIMENSIONS:].mean(2)]
+            return 3 * ((torch.stack(parts, 2).sqrt() / self.reach).amax(2) * chosen).sum(1)
 
         def forward(self, maps: Any, known: Any) -> tuple[Any, ...]:
             mean, log_sigma, phase, site, features = self.features(maps, known)
@@ -136,3 +152,5 @@ def build(width: int = 192) -> Any:
 
 #: The features' principal directions whose distance from the training set is the novelty.
 NOVELTY_DIMENSIONS = 48
+#: Values of the intensity and edge maps around the undiffracted beam: 5 x 5 places each, 2 pixels apart.
+BEAM = 50

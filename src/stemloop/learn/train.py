@@ -162,7 +162,8 @@ def _kept(path: Path, settings: Settings, n: int, state: dict[str, Any], generat
     path.parent.mkdir(parents=True, exist_ok=True)
     held = {name: part.state_dict() for name, part in state.items()}
     scratch = path.with_suffix(".part")
-    torch.save({**held, "generator": generator.get_state(), "step": step, "n": n, **_recipe(settings)}, scratch)
+    drawn = {"generator": generator.get_state(), "dropout": torch.get_rng_state()}
+    torch.save({**held, **drawn, "step": step, "n": n, **_recipe(settings)}, scratch)
     scratch.replace(path)
 
 
@@ -182,4 +183,5 @@ def _restored(path: Path, settings: Settings, n: int, state: dict[str, Any], gen
     for name, part in state.items():
         part.load_state_dict(held[name])
     generator.set_state(held["generator"])
+    torch.set_rng_state(held["dropout"])
     return int(held["step"])
