@@ -13,7 +13,7 @@ from scipy.stats import multivariate_normal
 
 from stemloop.core.errors import CalculationError, InputError, UnknownName
 from stemloop.core.protocols import Belief
-from stemloop.decide.gp import JITTER, KERNELS, GaussianProcess, Hyperparameters, Prior, _Objective, fit
+from stemloop.decide.gp import JITTER, KERNELS, GaussianProcess, Hyperparameters, LogNormal, Prior, _Objective, fit
 
 FIELD = (10e-9, 10e-9)
 PLAIN = Hyperparameters(lengths_m=(2e-9, 3e-9), amplitude=1.5, noise=0.1, mean=0.4, mean_sigma=0.7)
@@ -81,6 +81,30 @@ def test_analytic_gradient_is_the_finite_difference(kernel, anisotropic):
         numeric = approx_fprime(u, lambda v: objective(v)[0], 1e-6)
         # forward differences of a number near 50 at a step of 1e-6: rounding 1e-8, curvature 1e-5
         np.testing.assert_allclose(objective(u)[1], numeric, rtol=1e-4, atol=2e-4)
+
+
+def test_gradient_by_the_trust_is_the_finite_difference():
+    positions, values, sigmas = measured()
+    prior = Prior(trust=LogNormal(1.0, 0.5))
+    objective = _Objective(
+        positions, values, sigmas, kernel="matern52", anisotropic=False, prior=prior, field_m=10e-9
+    )
+    u = objective.centre + np.array([0.2, -0.3, 0.4, 0.5])
+    numeric = approx_fprime(u, lambda v: objective(v)[0], 1e-6)
+    np.testing.assert_allclose(objective(u)[1], numeric, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+def test_deviations_that_are_off_by_a_factor_are_found_out(factor):
+    rng = np.random.default_rng(5)
+    positions = rng.uniform(0, 10e-9, (150, 2))
+    y, x = (positions / 10e-9).T
+    true = 0.2 * rng.uniform(0.7, 1.4, 150)
+    values = np.sin(5 * y) * np.cos(4 * x) + true * rng.normal(size=150)
+    prior = Prior(noise=LogNormal(0.003, 0.5), trust=LogNormal(1.0, 0.7))
+    h = fit(positions, values, factor * true, field_m=FIELD, prior=prior, caution=0.0).hyperparameters
+    # 150 deviations give their scale to 1/sqrt(300) = 6 %; three times that, and a little for the field's doubt
+    assert h.trust * factor == pytest.approx(1.0, rel=0.2)
 
 
 def test_objective_is_the_likelihood_and_the_prior():

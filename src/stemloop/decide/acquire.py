@@ -145,7 +145,7 @@ class Fantasies:
     def __init__(self, belief: Any, points: Array) -> None:
         h = belief.hyperparameters
         self.belief, self.points = belief, points
-        self.noise_variance = float(np.median(belief.sigmas)) ** 2 + h.noise**2 + 1e-9 * h.amplitude**2
+        self.noise_variance = (h.trust * float(np.median(belief.sigmas))) ** 2 + h.noise**2 + 1e-9 * h.amplitude**2
         self._whitened = belief.whiten(points)
         explained = np.einsum("ij,ij->j", self._whitened, self._whitened)
         self.variance = np.maximum(h.amplitude**2 + h.mean_sigma**2 - explained, 0.0)

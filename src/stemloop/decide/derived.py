@@ -17,10 +17,10 @@ from numpy.typing import ArrayLike
 
 from stemloop.core.errors import InputError
 from stemloop.decide.acquire import Fantasies
-from stemloop.decide.gp import Array, GaussianProcess, Hyperparameters, Prior, fit
+from stemloop.decide.gp import Array, GaussianProcess, Hyperparameters, LogNormal, Prior, fit
 
-#: What is expected of length, amplitude and noise unless said otherwise.
-DEFAULT_PRIOR = Prior()
+#: What is expected of a component: deviations from a network are alike but may be too large or too small together.
+DEFAULT_PRIOR = Prior(noise=LogNormal(0.01, 0.7), trust=LogNormal(1.0, 0.5))
 
 #: From the means (k, m) of independent fields at m places to a function that takes their variances (k, m) and gives the
 #: property's value (m,) and deviation (m,): what depends on the means alone is worked out once.
@@ -82,7 +82,7 @@ def fit_derived(
     *,
     field_m: tuple[float, float],
     start: Sequence[Hyperparameters] | None = None,
-    caution: float = 0.5,
+    caution: float = 1.0,
     prior: Prior = DEFAULT_PRIOR,
 ) -> Derived:
     """Fit one Gaussian process to each column of ``values`` (n, k) with deviations ``sigmas`` (n, k).

@@ -64,7 +64,7 @@ class Hyperparameters:
 
     lengths_m : length scales (along y, along x) [m], > 0. amplitude : deviation of the field about its mean, > 0.
     noise : deviation of the extra noise, >= 0. mean, mean_sigma : normal prior of the constant mean. All but the
-    lengths are in the unit of the values.
+    lengths are in the unit of the values. trust : factor on the deviations that came with the values, > 0.
     """
 
     lengths_m: tuple[float, float]
@@ -73,10 +73,11 @@ class Hyperparameters:
     mean: float
     mean_sigma: float
     kernel: str = "matern52"
+    trust: float = 1.0
 
     def __post_init__(self) -> None:
-        if not all(math.isfinite(v) and v > 0 for v in (*self.lengths_m, self.amplitude)):
-            raise InputError(f"lengths_m and amplitude must be finite and above zero; got {self}.")
+        if not all(math.isfinite(v) and v > 0 for v in (*self.lengths_m, self.amplitude, self.trust)):
+            raise InputError(f"lengths_m, amplitude and trust must be finite and above zero; got {self}.")
         if not all(math.isfinite(v) and v >= 0 for v in (self.noise, self.mean_sigma)):
             raise InputError(f"noise and mean_sigma must be finite and not below zero; got {self}.")
 
@@ -147,7 +148,7 @@ class GaussianProcess:
         self.hyperparameters = hyperparameters
         covariance = self.prior(self.positions, self.positions)
         h = hyperparameters
-        covariance.flat[:: len(covariance) + 1] += self.sigmas**2 + h.noise**2 + JITTER * h.amplitude**2
+        covariance.flat[:: len(covariance) + 1] += (h.trust * self.sigmas) ** 2 + h.noise**2 + JITTER * h.amplitude**2
         self._factor = _cholesky(covariance)
         self._root = lapack.dtrtri(self._factor, lower=1)[0]
         self._half_weights: Array | None = self._root @ (self.values - h.mean)
@@ -217,7 +218,7 @@ class GaussianProcess:
         h, n, k = self.hyperparameters, len(self), len(points)
         side = self.whiten(points)
         corner = self.prior(points, points) - side.T @ side
-        corner.flat[:: k + 1] += s**2 + h.noise**2 + JITTER * h.amplitude**2
+        corner.flat[:: k + 1] += (h.trust * s) ** 2 + h.noise**2 + JITTER * h.amplitude**2
         grown = object.__new__(GaussianProcess)
         grown.hyperparameters = h
         grown.positions = np.vstack([self.positions, points])
@@ -268,17 +269,20 @@ class Prior:
 
     The length's median is 0.15 of the field and lies within a factor 2.7 with 95 %; ten points then never give a
     length beyond the field or far below their spacing unless they say so clearly. The mean's prior has the deviation
-    ``mean_sigma`` spreads.
+    ``mean_sigma`` spreads. With ``trust``, a factor on the given deviations is learned too (for deviations that are
+    alike but too large or too small throughout); without, they are taken as they are.
     """
 
     length: LogNormal = LogNormal(0.15, 0.5)
     amplitude: LogNormal = LogNormal(1.0, 0.7)
     noise: LogNormal = LogNormal(0.03, 1.0)
     mean_sigma: float = 1.0
+    trust: LogNormal | None = None
 
 
 class _Objective:
-    """-(log marginal likelihood + log prior) of standardised data over u = log(lengths..., amplitude, noise)."""
+    """-(log marginal likelihood + log prior) of standardised data over u = log(lengths..., amplitude,
+    noise[, trust])."""
 
     def __init__(
         self, positions: Array, y: Array, sigmas: Array, *, kernel: str, anisotropic: bool, prior: Prior, field_m: float
@@ -288,6 +292,8 @@ class _Objective:
         self.y, self.variances, self.kernel = y, sigmas**2, KERNELS[kernel]
         self.mean_variance = prior.mean_sigma**2
         priors = [prior.length] * len(self.squares) + [prior.amplitude, prior.noise]
+        priors += [prior.trust] if prior.trust is not None else []
+        self.learns_trust = prior.trust is not None
         self.centre = np.log([p.median for p in priors])
         self.width = np.array([p.width for p in priors])
         self.bounds = [(c - 5 * w, c + 5 * w) for c, w in zip(self.centre, self.width, strict=True)]
@@ -295,15 +301,17 @@ class _Objective:
     def __call__(self, u: Array) -> tuple[float, Array]:
         """The value and its gradient, (5.9): d(lml)/du = tr((a a^T - K^-1) dK/du) / 2 with a = K^-1 y."""
         n = len(self.y)
-        scales = np.exp(-2.0 * u[:-2])
-        amplitude2, noise2 = math.exp(2 * u[-2]), math.exp(2 * u[-1])
+        first = len(self.squares)
+        scales = np.exp(-2.0 * u[:first])
+        amplitude2, noise2 = math.exp(2 * u[first]), math.exp(2 * u[first + 1])
+        given = self.variances * (math.exp(2 * u[first + 2]) if self.learns_trust else 1.0)
         r2 = self.squares[0] * scales[0]
         for square, scale in zip(self.squares[1:], scales[1:], strict=True):
             r2 = r2 + square * scale
         k, slope = self.kernel(r2)
         covariance = amplitude2 * k
         covariance += self.mean_variance
-        covariance.flat[:: n + 1] += self.variances + noise2 + JITTER * amplitude2
+        covariance.flat[:: n + 1] += given + noise2 + JITTER * amplitude2
         factor, info = lapack.dpotrf(covariance.T, lower=1, overwrite_a=1)
         away = (u - self.centre) / self.width
         if info != 0:
@@ -321,8 +329,10 @@ class _Objective:
         for j, (square, scale) in enumerate(zip(self.squares, scales, strict=True)):
             gradient[j] = -amplitude2 * scale * half_trace(slope * square, 0.0)
         noise = a @ a - traced
-        gradient[-2] = amplitude2 * (2.0 * half_trace(k, 1.0) + JITTER * noise)
-        gradient[-1] = noise2 * noise
+        gradient[first] = amplitude2 * (2.0 * half_trace(k, 1.0) + JITTER * noise)
+        gradient[first + 1] = noise2 * noise
+        if self.learns_trust:
+            gradient[first + 2] = given @ (a**2 - precision.diagonal())
         value = 0.5 * (self.y @ a + logdet + n * math.log(2 * math.pi) + away @ away)
         return float(value), away / self.width - gradient
 
@@ -383,7 +393,8 @@ def fit(
     u = objective.centre
     if start is not None:
         lengths = start.lengths_m if anisotropic else start.lengths_m[:1]
-        u = np.log([*(v / field for v in lengths), start.amplitude / spread, max(start.noise / spread, 1e-6)])
+        known = [*(v / field for v in lengths), start.amplitude / spread, max(start.noise / spread, 1e-6)]
+        u = np.log(known + [start.trust] * objective.learns_trust)
         u = np.clip(u, *np.array(objective.bounds).T)
     found = minimize(
         objective,
@@ -395,12 +406,13 @@ def fit(
     ).x
 
     def process(u: Array) -> GaussianProcess:
-        *lengths, amplitude, noise = (float(v) for v in np.exp(u))
+        learned = [float(v) for v in np.exp(u)]
+        trust = learned.pop() if objective.learns_trust else 1.0
+        *lengths, amplitude, noise = learned
         lengths_m = (field * lengths[0], field * lengths[-1])
         mean_sigma = spread * prior.mean_sigma
-        return GaussianProcess(
-            points, y, s, Hyperparameters(lengths_m, spread * amplitude, spread * noise, centre, mean_sigma, kernel)
-        )
+        known = Hyperparameters(lengths_m, spread * amplitude, spread * noise, centre, mean_sigma, kernel, trust)
+        return GaussianProcess(points, y, s, known)
 
     if caution:
         rise = _rise_of_doubt(process, found, field_m)

@@ -22,7 +22,7 @@ from scipy import sparse
 
 from stemloop.core.errors import InputError, UnreadableFile
 from stemloop.core.protocols import Camera
-from stemloop.core.structure import PHASES, SITES, Descriptors
+from stemloop.core.structure import PHASES, QUANTITIES, SITES, Descriptors
 from stemloop.core.units import ANGSTROM_M, wavelength_m
 from stemloop.learn.calibrate import scaled
 from stemloop.learn.export import KEY
@@ -118,6 +118,21 @@ class PatternDescriber:
         except Exception as error:
             raise UnreadableFile(f"{self.path} is no network of ./scripts/train cbed ({error}).") from None
         self._factors = np.array(self.card["factors"])
+
+    @property
+    def shared_path(self) -> Path:
+        """The file beside the weights that holds what :meth:`shared` tells."""
+        return Path(self.path).with_name("shared_error.json")
+
+    def shared(self, phase: str) -> Array:
+        """(7,) deviation of the part of each quantity's error that all patterns of one sample share, for a crystal.
+
+        It is not in ``sigma`` and does not average out over patterns; zero where it was not measured.
+        """
+        if not self.shared_path.exists():
+            return np.zeros(len(QUANTITIES))
+        known = json.loads(self.shared_path.read_text())["deviation"]
+        return np.array(known.get(phase, np.zeros(len(QUANTITIES))), float)
 
     def __call__(
         self,
