@@ -33,7 +33,7 @@ def square_sum(mean):
 def test_a_property_that_is_one_of_the_fields_is_that_field():
     positions, values, sigmas = measured()
     derived = fit_derived(positions, values, sigmas, first, field_m=FIELD)
-    alone = fit(positions, values[:, 0], sigmas[:, 0], field_m=FIELD, prior=DEFAULT_PRIOR)
+    alone = fit(positions, values[:, 0], sigmas[:, 0], field_m=FIELD, caution=0.8, prior=DEFAULT_PRIOR)
     places = np.random.default_rng(1).uniform(0, 10e-9, (50, 2))
     for a, b in zip(derived.predict(places), alone.predict(places), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -86,9 +86,7 @@ def test_analytic_gradient_is_the_finite_difference(kernel, anisotropic):
 def test_gradient_by_the_trust_is_the_finite_difference():
     positions, values, sigmas = measured()
     prior = Prior(trust=LogNormal(1.0, 0.5))
-    objective = _Objective(
-        positions, values, sigmas, kernel="matern52", anisotropic=False, prior=prior, field_m=10e-9
-    )
+    objective = _Objective(positions, values, sigmas, kernel="matern52", anisotropic=False, prior=prior, field_m=10e-9)
     u = objective.centre + np.array([0.2, -0.3, 0.4, 0.5])
     numeric = approx_fprime(u, lambda v: objective(v)[0], 1e-6)
     np.testing.assert_allclose(objective(u)[1], numeric, rtol=1e-4, atol=2e-4)

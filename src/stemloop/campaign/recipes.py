@@ -89,7 +89,7 @@ class Recipe:
     #: Wanted largest deviation, in ``unit``, or as a share of the range of the first design's values.
     target_sigma: float | None = None
     target_share: float = 0.1
-    initial: int = 64
+    initial: int = 80
     batch: int = 8
     acquisition: str = "uncertainty"
     dwell_s: float = 1e-3
@@ -175,7 +175,7 @@ class DiffractionRecipe(Recipe):
 
     kind: ClassVar[str] = "diffraction"
     #: The overview's share of the dose of the full raster.
-    overview_share: ClassVar[float] = 0.03
+    overview_share: ClassVar[float] = 0.025
     #: A pattern this far from the training data (deviations) teaches nothing.
     novelty_limit: ClassVar[float] = 6.0
 
@@ -270,7 +270,7 @@ class StrainEnergy(DiffractionRecipe):
     quantity: ClassVar[str] = "strain energy"
     unit: str = "eV/cell"
     #: Wanted largest deviation [eV/cell].
-    targets: ClassVar[dict[str, float]] = {"MoS2": 4e-3, "graphene": 8e-3, "SrTiO3": 3e-3}
+    targets: ClassVar[dict[str, float]] = {"MoS2": 4e-3, "graphene": 6.5e-3, "SrTiO3": 3e-3}
 
     def _lay_out(self) -> None:
         super()._lay_out()

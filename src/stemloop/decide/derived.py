@@ -82,7 +82,7 @@ def fit_derived(
     *,
     field_m: tuple[float, float],
     start: Sequence[Hyperparameters] | None = None,
-    caution: float = 1.0,
+    caution: float = 0.8,
     prior: Prior = DEFAULT_PRIOR,
 ) -> Derived:
     """Fit one Gaussian process to each column of ``values`` (n, k) with deviations ``sigmas`` (n, k).

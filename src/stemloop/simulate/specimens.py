@@ -288,8 +288,8 @@ def mos2(seed: int) -> Sample:
 def graphene(seed: int) -> Sample:
     """A graphene sheet, 9 x 9 nm, with smooth folds, silicon dopants and single vacancies.
 
-    One or two folds (bands of compression about 1.5 nm wide) reach 2.5 %; each Si is a centre of dilatation and each
-    vacancy one of contraction, smeared over 1 nm (FWHM) and worth at most 1 %; random waves of at least 3 nm add 0.3 %.
+    One or two folds (bands of compression about 3 nm wide) reach 2.5 %; each Si is a centre of dilatation and each
+    vacancy one of contraction, smeared over 1.6 nm (FWHM) and worth at most 1 %; random waves of at least 3 nm add 0.3 %.
     """
     rng = np.random.default_rng([seed, 2])
     field_A, n, poisson = (90.0, 90.0), 256, crystal("graphene").poisson
@@ -301,7 +301,7 @@ def graphene(seed: int) -> Sample:
         turn, centre = rng.uniform(0, np.pi), MARGIN_A + rng.uniform(0.25, 0.75, 2) * field_A
         along = (x - centre[1]) * np.cos(turn) + (y - centre[0]) * np.sin(turn)
         across = (y - centre[0]) * np.cos(turn) - (x - centre[1]) * np.sin(turn)
-        band = np.exp(-((across / 9.0) ** 2) / 2 - (along / 40.0) ** 2 / 2)
+        band = np.exp(-((across / 14.0) ** 2) / 2 - (along / 40.0) ** 2 / 2)
         normal = np.array([np.sin(turn) ** 2, np.cos(turn) ** 2, -np.sin(turn) * np.cos(turn)])
         folds += rng.choice([-1.0, 1.0]) * normal[:, None, None] * band
     points = MARGIN_A * 0.5 + rng.uniform(0, 1, (28, 2)) * (np.array(size) - MARGIN_A)
@@ -309,7 +309,7 @@ def graphene(seed: int) -> Sample:
     centres = np.zeros((3, n, n))
     for sites, misfit in ((silicon, 1.0), (holes, -1.0)):
         for site in sites:
-            centres[:2] += misfit * np.exp(-((y - site[0]) ** 2 + (x - site[1]) ** 2) / (2 * 4.25**2))
+            centres[:2] += misfit * np.exp(-((y - site[0]) ** 2 + (x - site[1]) ** 2) / (2 * 7.0**2))
     strain = (
         _peaked(relax(folds, box, poisson), 0.024, size)
         + _peaked(relax(centres, box, poisson), 0.01, size)
@@ -324,7 +324,7 @@ def graphene(seed: int) -> Sample:
 def srtio3(seed: int) -> Sample:
     """A SrTiO3 film, [001], 14 x 14 nm and 10 cells (3.9 nm) thick, with a polar tetragonal domain.
 
-    The domain is a stripe 4 to 6 nm wide with tanh walls of 1 nm; its eigenstrain (elongated along the stripe's polar
+    The domain is a stripe 4 to 6 nm wide with soft walls (tanh, 1.6 nm); its eigenstrain (elongated along the stripe's polar
     axis) is scaled to a principal strain of 1.8 %; Ti is displaced along that axis by 0.12 to 0.18 A; waves of at
     least 4 nm add 0.25 % rms; the zone axis' tilt changes linearly by up to 4 mrad from the middle to an edge.
     """
@@ -338,7 +338,7 @@ def srtio3(seed: int) -> Sample:
     def domain(points: Array) -> Array:
         across = (points[..., 0] - centre[0]) * np.cos(turn) - (points[..., 1] - centre[1]) * np.sin(turn)
         along = (points[..., 1] - centre[1]) * np.cos(turn) + (points[..., 0] - centre[0]) * np.sin(turn)
-        stripe = 0.5 * (np.tanh((across + half_width) / 5.0) - np.tanh((across - half_width) / 5.0))
+        stripe = 0.5 * (np.tanh((across + half_width) / 8.0) - np.tanh((across - half_width) / 8.0))
         return np.asarray(stripe * 0.5 * (1 - np.tanh((np.abs(along) - 0.6 * max(size)) / 10.0)))
 
     grid = np.stack(np.broadcast_arrays(*_grid(box, n)), axis=-1)
