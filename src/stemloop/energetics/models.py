@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -195,9 +196,8 @@ def equilibrium(material: Material, calculator: str, repeats: int, run: Run) -> 
     )
     if np.abs(found.jac).max() > RESIDUAL_EV / 12:
         # energies in single precision are too coarse to search by near the minimum; their gradients are not
-        zero = root(
-            lambda x: objective(x)[1], found.x, method="hybr", options={"eps": 1e-2, "xtol": 1e-6, "maxfev": 20}
-        )
+        precise: Any = {"eps": 1e-2, "xtol": 1e-6, "maxfev": 20}
+        zero: Any = root(lambda x: objective(x)[1], found.x, method="hybr", options=precise)
         found.x, found.jac = zero.x, zero.fun
     if np.abs(found.jac).max() > 1e-3 or np.abs(found.x).max() > 12 * 0.08:
         raise CalculationError(

@@ -289,7 +289,8 @@ def graphene(seed: int) -> Sample:
     """A graphene sheet, 9 x 9 nm, with smooth folds, silicon dopants and single vacancies.
 
     One or two folds (bands of compression about 3 nm wide) reach 2.5 %; each Si is a centre of dilatation and each
-    vacancy one of contraction, smeared over 1.6 nm (FWHM) and worth at most 1 %; random waves of at least 3 nm add 0.3 %.
+    vacancy one of contraction, smeared over 1.6 nm (FWHM) and worth at most 1 %; random waves of at least 3 nm
+    add 0.3 %.
     """
     rng = np.random.default_rng([seed, 2])
     field_A, n, poisson = (90.0, 90.0), 256, crystal("graphene").poisson
@@ -324,8 +325,8 @@ def graphene(seed: int) -> Sample:
 def srtio3(seed: int) -> Sample:
     """A SrTiO3 film, [001], 14 x 14 nm and 10 cells (3.9 nm) thick, with a polar tetragonal domain.
 
-    The domain is a stripe 4 to 6 nm wide with soft walls (tanh, 1.6 nm); its eigenstrain (elongated along the stripe's polar
-    axis) is scaled to a principal strain of 1.8 %; Ti is displaced along that axis by 0.12 to 0.18 A; waves of at
+    The domain is a stripe 4 to 6 nm wide with soft walls (tanh, 1.6 nm); its eigenstrain (elongated along the
+    stripe's polar axis) is scaled to a principal strain of 1.8 %; Ti is displaced along that axis by 0.12 to 0.18 A; waves of at
     least 4 nm add 0.25 % rms; the zone axis' tilt changes linearly by up to 4 mrad from the middle to an edge.
     """
     rng = np.random.default_rng([seed, 3])
