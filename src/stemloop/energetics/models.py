@@ -196,8 +196,9 @@ def equilibrium(material: Material, calculator: str, repeats: int, run: Run) -> 
     )
     if np.abs(found.jac).max() > RESIDUAL_EV / 12:
         # energies in single precision are too coarse to search by near the minimum; their gradients are not
-        precise: Any = {"eps": 1e-2, "xtol": 1e-6, "maxfev": 20}
-        zero: Any = root(lambda x: objective(x)[1], found.x, method="hybr", options=precise)
+        # (the stubs of scipy know no function with a gradient of any float type)
+        search: Any = root
+        zero = search(lambda x: objective(x)[1], found.x, options={"eps": 1e-2, "xtol": 1e-6, "maxfev": 20})
         found.x, found.jac = zero.x, zero.fun
     if np.abs(found.jac).max() > 1e-3 or np.abs(found.x).max() > 12 * 0.08:
         raise CalculationError(
