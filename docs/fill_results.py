@@ -3,7 +3,8 @@
     python docs/fill_results.py [RUN_FOLDER ...]
 
 Figures come from ``benchmarks/results/*.json``, from the network's ``cbed.json`` and, where run folders are named,
-from their ``summary.json``. What has no figures yet stays as it is.
+from their ``summary.json``. What has no figures yet stays as it is. A benchmark that only prints is kept by
+``./scripts/bench stream_durable > benchmarks/results/stream_durable.json``.
 """
 
 from __future__ import annotations
@@ -111,6 +112,71 @@ def load_run(folder: Path) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------- benchmarks
+
+
+def meV(value_eV: float | None) -> float | None:
+    return None if value_eV is None else 1e3 * value_eV
+
+
+def mean_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The means of what is known, over the runs that know it."""
+
+    def mean(key: str) -> float | None:
+        known = [row[key] for row in rows if row[key] is not None]
+        return sum(known) / len(known) if known else None
+
+    means: dict[str, Any] = {key: mean(key) for key in AVERAGED}
+    reasons = ", ".join(sorted({row["stop_reason"] for row in rows}))
+    full = {row["raster_points"] for row in rows}
+    return {
+        **means,
+        "points": None if means["points"] is None else round(means["points"]),
+        "seed": f"mean of {len(rows)}",
+        "sampling": rows[0]["sampling"],
+        "stop_reason": reasons,
+        "raster_points": full.pop() if len(full) == 1 else None,
+    }
+
+
+AVERAGED = ("points", "dose_fraction", "target_sigma", "final_sigma", "map_rmse", "coverage_2sigma", "seconds")
+SAMPLINGS = ("uncertainty", "random", "grid")
+
+
+def sampling(found: dict[str, Any]) -> str:
+    head = (
+        "sampling | seed | stop reason | points | full raster | dose fraction | wanted deviation [meV] | "
+        "largest deviation [meV] | map error (rms) [meV] | coverage of 2 sigma | time [s]"
+    )
+
+    def row(run: dict[str, Any]) -> Iterable[Any]:
+        energies = (meV(run[key]) for key in ("target_sigma", "final_sigma", "map_rmse"))
+        return (
+            run["sampling"],
+            run["seed"],
+            run["stop_reason"],
+            run["points"],
+            run["raster_points"],
+            percent(run["dose_fraction"]),
+            *energies,
+            percent(run["coverage_2sigma"]),
+            run["seconds"],
+        )
+
+    parts = []
+    for specimen in sorted({run["specimen"] for run in found["rows"]}, key=str.lower):
+        rows: list[Iterable[Any]] = []
+        of_it = [run for run in found["rows"] if run["specimen"] == specimen]
+        for name in sorted({run["sampling"] for run in of_it}, key=SAMPLINGS.index):
+            runs = sorted((run for run in of_it if run["sampling"] == name), key=lambda run: run["seed"])
+            rows += [row(run) for run in [*runs, mean_row(runs)]]
+        parts.append(f"{specimen}:\n\n{table(head, rows)}")
+    return "\n\n".join(parts)
+
+
+def latency(found: dict[str, Any]) -> str:
+    stages = found["stages_ms_per_point"]
+    head = " | ".join(["points", "median [ms a point]", "95 % [ms a point]", *(f"{name} [ms]" for name in stages)])
+    return table(head, [(found["points"], found["median_ms_per_point"], found["p95_ms_per_point"], *stages.values())])
 
 
 def twin(found: dict[str, Any]) -> str:
@@ -236,6 +302,8 @@ def network(card: dict[str, Any]) -> str:
 
 
 BENCHMARKS: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
+    "sampling": (RESULTS / "sampling.json", sampling),
+    "latency": (RESULTS / "latency.json", latency),
     "network": (CARD, network),
     "twin": (RESULTS / "twin.json", twin),
     "energetics": (RESULTS / "energetics.json", energetics),
