@@ -14,7 +14,7 @@ import math
 import numpy as np
 import pyfftw  # type: ignore[import-untyped]
 import scipy.fft
-from abtem import Potential
+from abtem import Potential, config
 from abtem.antialias import antialias_aperture
 from abtem.core.energy import energy2sigma
 from ase import Atoms
@@ -27,6 +27,9 @@ from stemloop.simulate.crystals import CRYSTALS, vibrating
 from stemloop.simulate.specimens import MARGIN_A, SAMPLING_A, Sample
 
 Complex = NDArray[np.complex64]
+
+# abTEM measures which transform is fastest, and what is fastest rounds differently from run to run
+config.set({"fftw.planning_effort": "FFTW_ESTIMATE"})
 
 #: Window of a pattern [A]; its inverse is the pixel of the diffraction pattern.
 WINDOW_A = 32.0

@@ -327,7 +327,8 @@ def srtio3(seed: int) -> Sample:
 
     The domain is a stripe 4 to 6 nm wide with soft walls (tanh, 1.6 nm); its eigenstrain (elongated along the
     stripe's polar axis) is scaled to a principal strain of 1.8 %; Ti is displaced along that axis by 0.12 to 0.18 A;
-    waves of at least 4 nm add 0.25 % rms; the zone axis' tilt changes linearly by up to 4 mrad from the middle to an edge.
+    waves of at least 4 nm add 0.25 % rms; the zone axis' tilt changes linearly by up to 4 mrad from the middle to an
+    edge.
     """
     rng = np.random.default_rng([seed, 3])
     field_A, n, kind = (140.0, 140.0), 256, crystal("SrTiO3")
