@@ -1,10 +1,10 @@
 """The part of the network's error that all patterns of a run share.
 
-A Gaussian process averages over neighbours, so it believes in what it is told to be independent. Errors of a network are
-not: part of each is the same for all patterns of one specimen under one beam (a drifted focus, a detail that no training
-pattern had), and no number of points removes it. It is measured like any systematic error, on reference samples that
-play no part in a result: ``python -m stemloop.campaign.shared_error`` images seeds of the twin's specimens that are set
-aside, and writes the deviation of the shared part beside the weights.
+A Gaussian process averages over neighbours, so it believes in what it is told to be independent. Errors of a network
+are not: part of each is the same for all patterns of one specimen under one beam (a drifted focus, a detail that no
+training pattern had), and no number of points removes it. It is measured like any systematic error, on reference
+samples that play no part in a result: ``python -m stemloop.campaign.shared_error`` images seeds of the twin's
+specimens that are set aside, and writes the deviation of the shared part beside the weights.
 
 With ``e_fi`` the error of pattern i of sample f, ``n`` patterns a sample, the variance of the shared part is that of
 ``mean_i e_fi`` over samples about zero, less what independent errors leave in it: ``mean_f (mean_i e_fi)^2 -
