@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stemloop import __version__
-from stemloop.core.errors import StemloopError
+from stemloop.core.errors import InstrumentError, LeaseError, StemloopError
+
+if TYPE_CHECKING:
+    from stemloop.campaign.settings import Settings
 
 
 def _budgets(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _settings(words: argparse.Namespace) -> object:
+def _settings(words: argparse.Namespace) -> Settings:
     from stemloop.campaign.settings import Settings
 
     instrument = getattr(words, "instrument", "twin")
@@ -80,7 +86,9 @@ def _dispatch(words: argparse.Namespace) -> int:
     from stemloop.campaign import catalogue, run, terminal
 
     if words.verb in ("demo", "run"):
-        return terminal.show(run.start(_settings(words), words.out))  # type: ignore[arg-type]
+        settings = _settings(words)
+        words.directory = words.out or run.default_folder(settings)
+        return terminal.show(run.start(settings, words.directory))
     if words.verb == "resume":
         return terminal.show(run.resume(words.directory))
     if words.verb == "list":
@@ -94,11 +102,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except StemloopError as error:
-        print(f"stemloop: {error}", file=sys.stderr)
+        on = _go_on(words) if isinstance(error, (InstrumentError, LeaseError)) else ""
+        print(f"stemloop: {error}{on}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"stemloop: {where}{error.strerror or error}.{_go_on(words)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("stemloop: stopped. What was acknowledged is kept; go on with: stemloop resume DIR", file=sys.stderr)
+        print(f"stemloop: stopped.{_go_on(words)}", file=sys.stderr)
         return 130
+
+
+def _go_on(words: argparse.Namespace) -> str:
+    """How to continue the run that these words began, if it got as far as a run folder."""
+    folder = getattr(words, "directory", None)
+    if words.verb == "verify" or folder is None or not (folder / "settings.json").exists():
+        return ""
+    return f" What was acknowledged is kept; go on with: stemloop resume {shlex.quote(str(folder))}"
 
 
 if __name__ == "__main__":

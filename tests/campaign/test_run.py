@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 
 from campaign.recording import titanium_map, write_recording
 from stemloop.campaign.journal import Journal
+from stemloop.instrument.spool import DirectoryLock
 from stemloop.instrument.spool import Journal as SpoolJournal
 
 TARGET = "400"
@@ -43,7 +46,7 @@ def finished(recording, tmp_path_factory):
 
 
 def decisions(folder):
-    records = Journal(folder / "journal.jsonl").records
+    records = Journal(folder / "journal.jsonl", readonly=True).records
     return [(r["key"], r["chosen"], r["sigma_max"], r["stop"]) for r in records if r["kind"] == "decision"]
 
 
@@ -127,6 +130,146 @@ def test_killed_together_with_its_instrument_it_exposes_nothing_twice(recording,
     assert json.loads((folder / "summary.json").read_text())["stop_reason"] == "uncertainty"
 
 
+def served(folder):
+    """Process ids of all instruments' processes that were started for ``folder``."""
+    found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines()
+    return [line.split()[0] for line in found if "stemloop.campaign.host" in line and str(folder) in line]
+
+
+def begun(words, folder, records):
+    """A run that has written ``records`` lines to its journal."""
+    process = start(*words)
+    while process.poll() is None and len(known_records(folder)) < records:
+        time.sleep(0.002)
+    assert process.poll() is None, process.stderr.read().decode()
+    return process
+
+
+def words_of(recording, folder):
+    return ("run", "eels-map", "--instrument", f"replay:{recording}", "--target-sigma", TARGET, "--out", folder)
+
+
+def test_a_run_is_worked_on_by_one_process_at_a_time(finished, recording, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    torn = (folder / "journal.jsonl").read_bytes()[:-5]  # as if the other process were writing its last line
+    (folder / "journal.jsonl").write_bytes(torn)
+    lock = DirectoryLock(folder)
+    for words in (("resume", folder), words_of(recording, folder)):
+        done = stemloop(*words)
+        assert done.returncode == 2
+        assert "another process works on the run" in done.stderr
+        assert len(done.stderr.strip().splitlines()) <= 2
+    lock.close()
+    assert (folder / "journal.jsonl").read_bytes() == torn
+    assert served(folder) == []
+    assert stemloop("resume", folder).returncode == 0
+    assert decisions(folder) == decisions(finished[0])
+
+
+@pytest.mark.parametrize("records", [0, 7])
+def test_ctrl_c_leaves_no_instrument_and_says_how_to_go_on(recording, finished, tmp_path, records):
+    folder = tmp_path / "a run"
+    if records:
+        process = begun(words_of(recording, folder), folder, records)
+    else:  # while the instrument's process starts
+        process = start(*words_of(recording, folder))
+        while not (folder / "instrument" / "config.json").exists():
+            time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert f"stemloop resume '{folder}'" in process.stderr.read().decode()
+    assert served(folder) == []
+    assert stemloop("resume", folder).returncode == 0
+    assert decisions(folder) == decisions(finished[0])
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs prlimit to shrink the disk of another process")
+@pytest.mark.parametrize("whose, records", [("the run's", 5), ("the instrument's", 12)])
+def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(recording, finished, tmp_path, whose, records):
+    # a limit on the size of files stands for the full disk: whatever file grows beyond it cannot be written
+    folder = tmp_path / "full"
+    process = begun(words_of(recording, folder), folder, records)
+    instrument = json.loads((folder / "instrument" / "address.json").read_text())["pid"]
+    resource.prlimit(process.pid if whose == "the run's" else instrument, resource.RLIMIT_FSIZE, (500, 500))
+    assert process.wait(120) == 2
+    said = process.stderr.read().decode()
+    assert str(folder) in said and len(said.strip().splitlines()) <= 2, said
+    assert served(folder) == []
+    done = stemloop("resume", folder)
+    assert done.returncode == 0, done.stderr
+    assert decisions(folder) == decisions(finished[0])
+    positions = exposed_positions(folder)
+    assert len(positions) == len(set(positions))
+
+
+def test_an_unforeseen_failure_of_the_instrument_is_a_line(recording, tmp_path):
+    folder = tmp_path / "run"
+    words = [str(word) for word in words_of(recording, folder)]
+    program = (
+        "import sys; from stemloop.campaign import site; from stemloop import cli\n"
+        "write = site.write_json\n"
+        "def spoilt(path, content):\n"
+        "    content.pop('max_electrons', None) if path.name == 'config.json' else None\n"
+        "    write(path, content)\n"
+        f"site.write_json = spoilt; sys.exit(cli.main({words!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "KeyError: 'max_electrons'" in done.stderr and "log.txt" in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 2, done.stderr
+    assert "Traceback" in (folder / "instrument" / "log.txt").read_text()
+
+
+def test_a_finished_run_is_verified_without_a_change_and_lost_frames_are_missed(finished, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    for name, keep, said in (("frames.log", 0.5, "lacks frames"), ("journal.jsonl", None, "last line")):
+        whole = (folder / name).read_bytes()
+        assert stemloop("verify", folder).returncode == 0
+        assert (folder / name).read_bytes() == whole
+        spoilt = whole[: int(len(whole) * keep)] if keep else whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]
+        (folder / name).write_bytes(spoilt)
+        done = stemloop("verify", folder)
+        assert done.returncode == 2 and said in done.stderr, done.stderr
+        (folder / name).write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "name, content, expected",
+    [
+        ("settings.json", "[1]", "cannot be used"),
+        ("settings.json", '{"recipe": "nothing"}', "unknown recipe"),
+        ("journal.jsonl", "00000000 {}\n00000000 {}\n", "damaged at line 1"),
+    ],
+)
+def test_a_damaged_run_folder_is_said(finished, tmp_path, name, content, expected):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    (folder / name).write_text(content)
+    done = stemloop("resume", folder)
+    assert done.returncode == 2 and expected in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 2, done.stderr
+    assert served(folder) == []
+
+
+def test_a_run_is_resumed_from_any_folder_and_with_a_damaged_address(recording, tmp_path):
+    done = stemloop(
+        *words_of(recording.name, tmp_path / "run"), "--max-points", 17, cwd=recording.parent, env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "run" / "stream.json").write_text("{")
+    done = stemloop("resume", tmp_path / "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("budget", [("--max-points", 1), ("--max-dose", 1e-9)])
+def test_a_budget_for_next_to_nothing_still_ends_well(recording, tmp_path, budget):
+    done = stemloop(*words_of(recording, tmp_path / "run"), *budget)
+    assert done.returncode in (0, 2), done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def known_records(folder):
     try:
         return (folder / "journal.jsonl").read_bytes().splitlines()
@@ -168,6 +311,8 @@ BAD = {
     "a negative budget": (["demo", "--max-points", "-3"], "max-points"),
     "no run folder": (["resume", "nowhere"], "no run folder"),
     "unknown acquisition": (["demo", "--acquisition", "luck"], "unknown acquisition"),
+    "unknown calculator": (["demo", "--calculator", "guess"], "unknown calculator"),
+    "a file for a folder": (["resume", __file__], "cannot be read"),
 }
 
 

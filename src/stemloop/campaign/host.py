@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 from stemloop.campaign.site import IDLE_EXIT_S, write_json
-from stemloop.core.errors import InputError, StemloopError
+from stemloop.core.errors import InputError, InstrumentError, StemloopError
 from stemloop.core.protocols import Instrument
 
 #: Of sulphur in MoS2 at 80 kV: J. C. Meyer et al., Phys. Rev. Lett. 109, 035503 (2012),
@@ -46,7 +47,7 @@ def _cross_section(config: dict[str, Any]) -> float | None:
 
 
 def main(folder: Path) -> int:
-    """Serve the instrument of ``folder/config.json``; a failure at the start is left in ``failed.json``."""
+    """Serve the instrument of ``folder/config.json``; a failure is left in ``failed.json`` for the run to tell."""
     from stemloop.instrument.server import serve
     from stemloop.stream.channel import Sender
 
@@ -56,9 +57,17 @@ def main(folder: Path) -> int:
         sink = Sender(config["frames"], run=config["run"])
         serve(instrument, folder, sink=sink, dose_budget=config["max_electrons"], idle_exit_s=IDLE_EXIT_S)
     except StemloopError as error:
-        write_json(folder / "failed.json", {"code": error.code, "message": str(error)})
-        return error.exit_code
+        return _failed(folder, error)
+    except Exception as error:  # whatever else went wrong must reach the user too, in a line
+        traceback.print_exc()  # into log.txt
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return _failed(folder, InstrumentError(f"the instrument failed ({words}); see {folder / 'log.txt'}."))
     return 0
+
+
+def _failed(folder: Path, error: StemloopError) -> int:
+    write_json(folder / "failed.json", {"code": error.code, "message": str(error)})
+    return error.exit_code
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 class Journal:
-    """An append-only, durable list of records, each known by ``(kind, key)``.
+    """An append-only, durable list of records, each known by ``(kind, key)``; ``readonly`` repairs nothing.
 
     >>> import tempfile
     >>> journal = Journal(Path(tempfile.mkdtemp()) / "journal.jsonl")
@@ -47,10 +47,13 @@ class Journal:
     (True, True)
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, readonly: bool = False) -> None:
         self.path = Path(path)
-        self.records = self._recover()
+        self.records = self._recover(readonly)
         self._index = {(r["kind"], r["key"]): r for r in self.records}
+        self._file = -1
+        if readonly:
+            return
         try:
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             self._sync_folder()
@@ -58,7 +61,7 @@ class Journal:
             raise StorageError(f"the journal {self.path} cannot be written: {error.strerror}.") from None
         self._size = os.fstat(self._file).st_size
 
-    def _recover(self) -> list[dict[str, Any]]:
+    def _recover(self, readonly: bool) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
         records: list[dict[str, Any]] = []
@@ -69,7 +72,10 @@ class Journal:
             if record is None:
                 if number < len(lines):
                     raise IntegrityError(f"{self.path} is damaged at line {number}; the run cannot be resumed from it.")
-                os.truncate(self.path, good)
+                if readonly and line.endswith(b"\n"):
+                    raise IntegrityError(f"{self.path} is damaged at its last line; resuming does that part again.")
+                if not readonly:
+                    os.truncate(self.path, good)
                 break
             records.append(record)
             good += len(line)
@@ -88,6 +94,8 @@ class Journal:
 
     def append(self, kind: str, key: str, /, **content: Any) -> dict[str, Any]:
         """Make a new record durable and return it. A full disk is a :class:`StorageError` and leaves no torn line."""
+        if self._file < 0:
+            raise StorageError(f"the journal {self.path} is not open for writing.")
         record = {"kind": kind, "key": key, **content}
         line = _line(record)
         try:
@@ -110,4 +118,6 @@ class Journal:
         return self.find(kind, key) or self.append(kind, key, **make())
 
     def close(self) -> None:
-        os.close(self._file)
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1

@@ -108,6 +108,7 @@ class _Page:
             if name in maps:
                 maps[name] = np.asarray(maps[name], dtype=np.float64)
         self.property = str(maps.get("property") or summary.get("property") or "property")
+        self.known = str(summary.get("compared_with") or "truth")
         self.scale, self.unit = self._unit()
         self.extent = tuple(float(v) for v in maps.get("extent_m", maps.get("overview_extent_m", (1e-9, 1e-9))))
 
@@ -164,10 +165,12 @@ class _Page:
                 ("good" if met else "warn" if target is not None else "", self._amount(s["final_sigma"]), note)
             )
         if s.get("map_rmse") is not None:
-            facts.append(("", self._amount(s["map_rmse"]), "rms error of the map against the truth"))
+            facts.append(("", self._amount(s["map_rmse"]), f"rms error of the map against the {self.known}"))
         if s.get("coverage_2sigma") is not None:
             covered = float(s["coverage_2sigma"])
-            facts.append(("", f"{100 * covered:.1f} %", "of the truth within 2 deviations (a normal law: 95.4 %)"))
+            facts.append(
+                ("", f"{100 * covered:.1f} %", f"of the {self.known} within 2 deviations (a normal law: 95.4 %)")
+            )
         if s.get("seconds") is not None:
             facts.append(("", _duration(float(s["seconds"])), "from the first command to the map"))
         cards = "".join(
@@ -322,7 +325,7 @@ class _Page:
         axis = figure.subplots()
         points = [h["points"] for h in history]
         lines = (("sigma_max", "largest deviation", _ACCENT, "-"), ("sigma_mean", "mean deviation", _ACCENT, "--"))
-        for key, label, colour, style in (*lines, ("rmse", "rms error against the truth", _WARM, "-")):
+        for key, label, colour, style in (*lines, ("rmse", f"rms error against the {self.known}", _WARM, "-")):
             y = np.array([h.get(key) if h.get(key) is not None else np.nan for h in history], dtype=float) * self.scale
             if np.isfinite(y).any():
                 axis.plot(

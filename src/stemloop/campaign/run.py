@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
+import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,67 +21,99 @@ from stemloop.campaign.score import TruthFile, score
 from stemloop.campaign.settings import Settings
 from stemloop.campaign.site import Site, write_json
 from stemloop.campaign.stopwatch import Stopwatch
-from stemloop.core.errors import InputError
+from stemloop.core.errors import InputError, IntegrityError, StorageError, UnreadableFile
 from stemloop.core.record import content_hash
+from stemloop.decide.acquire import ACQUISITIONS
+from stemloop.energetics.calculators import CALCULATORS
+from stemloop.reduce.spectra import SCALARIZERS
 from stemloop.store import files
 from stemloop.stream.landing import LandingLog
 
 
 def start(settings: Settings, directory: Path | None = None) -> Run:
     """Begin a run in ``directory`` (made; it must not hold a run already). Names are checked first."""
+    _check(settings)
+    kind, _, path = settings.instrument.partition(":")
+    if kind == "replay":
+        if not Path(path).exists():
+            raise UnreadableFile(f"{path} does not exist; give the path of a recorded file after replay:.")
+        settings = replace(settings, instrument=f"replay:{Path(path).resolve()}")  # found again from any folder
+    return Run(Site.create(directory or default_folder(settings), settings))
+
+
+def default_folder(settings: Settings) -> Path:
+    """Where a run goes that was given no folder: ``runs/RECIPE-DATE-TIME``."""
+    return Path("runs") / f"{settings.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _check(settings: Settings) -> None:
+    """Raise InputError for a name that nothing is registered under, before anything is made or started."""
     RECIPES[settings.recipe]
-    if settings.instrument == "twin":
+    kind, colon, path = settings.instrument.partition(":")
+    if kind == "twin" and not colon:
         from stemloop.simulate.specimens import SPECIMENS
 
         SPECIMENS[str(settings.specimen)]
-    elif not re.fullmatch(r"replay:.+", settings.instrument):
+    elif kind != "replay" or not path:
         raise InputError(f"unknown instrument {settings.instrument!r}; known: twin, replay:FILE.")
     if settings.acquisition is not None:
-        from stemloop.decide.acquire import ACQUISITIONS
-
         ACQUISITIONS[settings.acquisition]
-    if directory is None:
-        directory = Path("runs") / f"{settings.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return Run(Site.create(directory, settings), settings)
+    if settings.calculator is not None:
+        CALCULATORS[settings.calculator]
+    if settings.scalarizer is not None:
+        SCALARIZERS[settings.scalarizer]
 
 
 def resume(directory: Path) -> Run:
     """Go on with the run in ``directory``: replay its journal, expose nothing twice, decide the same."""
-    site = Site.reopen(directory)
-    return Run(site, site.settings)
+    _check(Settings.load(Path(directory) / "settings.json"))
+    return Run(Site.reopen(directory))
 
 
 def verify(directory: Path) -> dict[str, Any]:
-    """Check the journal, frame log and sealed file of a run byte for byte; IntegrityError if one is off."""
+    """Check the journal, frame log and sealed file of a run byte for byte, and that the log holds the frames of every
+    exposure; IntegrityError if one is off. Nothing is changed."""
     directory = Path(directory)
     Settings.load(directory / "settings.json")
-    journal = Journal(directory / "journal.jsonl")
-    run = journal.find("run", "id") or {"id": ""}
-    exposures = sum(r["kind"] == "exposure" for r in journal.records)
-    log = LandingLog(directory / "frames.log", run=run["id"])
-    frames = sum(len(batch.frames) for batch in log.batches())
+    journal = Journal(directory / "journal.jsonl", readonly=True)
+    exposures = [r for r in journal.records if r["kind"] == "exposure"]
+    frames = _verify_frames(directory / "frames.log", journal, exposures)
     sealed = directory / "frames.h5"
     if sealed.exists():
         files.verify(sealed)
-    log.close()
-    journal.close()
     return {
         "journal records": len(journal.records),
-        "exposures": exposures,
+        "exposures": len(exposures),
         "frames": frames,
         "sealed": sealed.exists(),
     }
 
 
+def _verify_frames(path: Path, journal: Journal, exposures: list[dict[str, Any]]) -> int:
+    """Read every frame in the log; how many there are."""
+    if not path.exists() and not exposures:
+        return 0
+    run = journal.find("run", "id") or {"id": None}
+    with LandingLog(path, run=run["id"], readonly=True) as log:
+        frames = sum(len(batch.frames) for batch in log.batches())
+        for record in exposures:
+            if not record["lost"]:
+                asked = record["calibration"]
+                first, stop = asked["first"], asked["first"] + asked["count"]
+                if not any(a <= first and stop <= b for a, b in log.index.get(asked["stream"], [])):
+                    raise IntegrityError(f"{path} lacks frames of the exposure {record['key']}, which the journal has.")
+    return frames
+
+
 class Run:
     """Iterate it to run the experiment; afterwards ``summary`` and ``report`` are there."""
 
-    def __init__(self, site: Site, settings: Settings) -> None:
-        self.site, self.settings = site, settings
+    def __init__(self, site: Site) -> None:
+        self.site, self.settings = site, site.settings
         self.directory = site.directory
         self.watch = Stopwatch()
-        self.recipe = make(settings.recipe)
-        self.experiment = Experiment(site, self.recipe, settings, self.watch)
+        self.recipe = make(self.settings.recipe)
+        self.experiment = Experiment(site, self.recipe, self.settings, self.watch)
         self.summary: dict[str, Any] = {}
         self.report: Path | None = None
         self._started = time.monotonic()
@@ -103,12 +136,28 @@ class Run:
             self._seal()
         maps = self._maps(mean, sigma, truth, reference)
         arrays: dict[str, Any] = {k: v for k, v in maps.items() if isinstance(v, np.ndarray)}
-        np.savez_compressed(self.directory / "result.npz", **arrays)
+        self._keep(arrays)
         self.summary["seconds"] = round(time.monotonic() - self._started, 3)
         self.summary["seconds_per_stage"] = {k: round(v, 3) for k, v in self.watch.seconds.items()}
         self.summary["peak_memory_MB"] = round(peak_memory_MB(self.site.host_pid))
         write_json(self.directory / "summary.json", self.summary)
         self.report = report.write_report(self.directory, self.summary, maps)
+
+    def _keep(self, arrays: dict[str, Any]) -> None:
+        """Write ``result.npz``; it appears only when it is whole."""
+        path = self.directory / "result.npz"
+        part = path.with_name("result.npz.new")
+        try:
+            with open(part, "wb") as file:
+                np.savez_compressed(file, **arrays)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except OSError as error:
+            raise StorageError(
+                f"{path} cannot be written: {error.strerror or error}. Nothing that was measured is lost; "
+                f"make room and finish with: stemloop resume {self.directory}"
+            ) from None
 
     def _compare(self, truth: np.ndarray | None, reference: tuple[np.ndarray, np.ndarray] | None) -> None:
         """Add to the history how the map agreed with the truth, or with the whole recording, after each decision."""

@@ -59,5 +59,7 @@ class Settings:
             return cls(**wire)
         except FileNotFoundError:
             raise InputError(f"{path.parent} is no run folder: it has no {path.name}.") from None
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}; name the folder of a run.") from None
         except (ValueError, TypeError) as error:
             raise InputError(f"{path} cannot be used: {error}.") from None

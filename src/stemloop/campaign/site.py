@@ -6,6 +6,7 @@
     DIR/journal.jsonl          what was decided, asked, exposed and found (the truth of the run)
     DIR/frames.log             every frame, durable before it was acknowledged
     DIR/instrument/            the instrument's side: address, spool, audit, ledger, log of its process
+    DIR/lock                   held by the one process that works on the run
     DIR/truth/                 written by the twin for scoring; the loop never reads it
     DIR/frames.h5 report.html summary.json result.npz        at the end
 """
@@ -43,6 +44,7 @@ from stemloop.core.errors import (
 from stemloop.core.instruction import Instruction
 from stemloop.core.protocols import Exposure
 from stemloop.instrument.client import Client, connect
+from stemloop.instrument.spool import DirectoryLock
 from stemloop.stream.channel import Receiver
 from stemloop.stream.landing import LandingLog
 
@@ -53,6 +55,8 @@ LEASE_TTL_S = 3.0
 CONNECT_PATIENCE_S = 2.0
 ANY_PORT = "tcp://127.0.0.1:*"
 START_LIMIT_S = 180.0
+#: How long the instrument's process may take to blank the beam, hand over its last frames and end.
+STOP_LIMIT_S = 20.0
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -68,17 +72,37 @@ def write_json(path: Path, content: Any) -> None:
         raise StorageError(f"{path} cannot be written: {error.strerror}.") from None
 
 
+def _claim(directory: Path) -> DirectoryLock:
+    """Keep the run folder for this process alone, until it closes the lock or ends."""
+    try:
+        return DirectoryLock(directory)
+    except StorageError:
+        raise InputError(
+            f"another process works on the run in {directory}. Stop it or wait for its end; "
+            f"then go on with: stemloop resume {directory}"
+        ) from None
+    except OSError as error:
+        raise StorageError(f"the run folder {directory} cannot be written: {error.strerror}.") from None
+
+
 class Site:
     """An open run: folder, journal, instrument and frames. Use it as a context manager."""
 
-    def __init__(self, directory: Path, settings: Settings) -> None:
+    def __init__(self, directory: Path, settings: Settings, lock: DirectoryLock) -> None:
         self.directory, self.settings = Path(directory), settings
-        self.journal = Journal(self.directory / "journal.jsonl")
-        self.run_id = self.journal.once("run", "id", lambda: {"id": os.urandom(8).hex()})["id"]
-        self.log = LandingLog(self.directory / "frames.log", run=self.run_id)
         self._host: subprocess.Popen[bytes] | None = None
-        self.receiver = self._receive()
-        self.scope = self._connect()
+        with contextlib.ExitStack() as opened:  # undone, last first, if the rest cannot be opened
+            opened.callback(lock.close)
+            self.journal = Journal(self.directory / "journal.jsonl")
+            opened.callback(self.journal.close)
+            self.run_id = self.journal.once("run", "id", lambda: {"id": os.urandom(8).hex()})["id"]
+            self.log = LandingLog(self.directory / "frames.log", run=self.run_id)
+            opened.callback(self.log.close)
+            self.receiver = self._receive()
+            opened.callback(self.receiver.close)
+            opened.callback(self._stop_host)
+            self.scope = self._connect()
+            self._opened = opened.pop_all()
 
     # ------------------------------------------------------------------------------------------------- opening
 
@@ -86,31 +110,37 @@ class Site:
     def create(cls, directory: Path, settings: Settings) -> Site:
         """Make a new run folder (it must not hold a run already) and open it."""
         directory = Path(directory)
-        if (directory / "settings.json").exists():
-            raise InputError(
-                f"{directory} already holds a run. Continue it with: stemloop resume {directory}; "
-                "or name another folder."
-            )
         try:
-            (directory / "instrument").mkdir(parents=True, exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = _claim(directory)
+            if (directory / "settings.json").exists():
+                lock.close()
+                raise InputError(
+                    f"{directory} already holds a run. Continue it with: stemloop resume {directory}; "
+                    "or name another folder."
+                )
+            (directory / "instrument").mkdir(exist_ok=True)
         except OSError as error:
             raise StorageError(f"the output folder {directory} cannot be written: {error.strerror}.") from None
         write_json(directory / "settings.json", settings.to_dict())
-        return cls(directory, settings)
+        return cls(directory, settings, lock)
 
     @classmethod
     def reopen(cls, directory: Path) -> Site:
-        """Open the run in ``directory`` to go on with it."""
+        """Open the run in ``directory`` to go on with it; InputError if another process is at it."""
         directory = Path(directory)
-        return cls(directory, Settings.load(directory / "settings.json"))
+        settings = Settings.load(directory / "settings.json")
+        lock = _claim(directory)
+        (directory / "instrument").mkdir(exist_ok=True)
+        return cls(directory, settings, lock)
 
     def _receive(self) -> Receiver:
         """Listen for frames at the address of the last time, which the instrument's process still knows."""
         place = self.directory / "stream.json"
-        known = json.loads(place.read_text())["address"] if place.exists() else ANY_PORT
         try:
+            known = str(json.loads(place.read_text())["address"]) if place.exists() else ANY_PORT
             receiver = Receiver(known, self.log, self.run_id)
-        except InputError:
+        except (InputError, ValueError, KeyError, TypeError):  # the port is taken, or the file is damaged
             self._stop_host()
             receiver = Receiver(ANY_PORT, self.log, self.run_id)
         write_json(place, {"address": receiver.address})
@@ -151,15 +181,18 @@ class Site:
         config = {**self.settings.to_dict(), "frames": self.receiver.address, "run": self.run_id}
         write_json(self._folder / "config.json", config)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        with open(self._folder / "log.txt", "ab") as log:
-            self._host = subprocess.Popen(
-                [sys.executable, "-m", "stemloop.campaign.host", str(self._folder)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-            )
+        try:
+            with open(self._folder / "log.txt", "ab") as log:
+                self._host = subprocess.Popen(
+                    [sys.executable, "-m", "stemloop.campaign.host", str(self._folder)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise StorageError(f"the instrument cannot be started in {self._folder}: {error.strerror}.") from None
 
     def _raise_if_host_failed(self) -> None:
         ended = self._host is not None and self._host.poll() is not None
@@ -178,18 +211,34 @@ class Site:
         return None
 
     def _stop_host(self) -> None:
-        pid = self.host_pid
-        if pid is None:
+        """End the instrument's process: the one started here, or one of an earlier life that still serves."""
+        if self._host is not None:
+            self._host.terminate()
+            try:
+                self._host.wait(STOP_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                self._host.kill()
+                self._host.wait()
+            return
+        pid, deadline = self.host_pid, time.monotonic() + STOP_LIMIT_S
+        if pid is None or not self._served():  # the process id of a server that is gone may be anybody's by now
             return
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
-        if self._host is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._host.wait(10)
+        while self._served():
+            if time.monotonic() > deadline:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
                 return
-        deadline = time.monotonic() + 10
-        while (self._folder / "address.json").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
+
+    def _served(self) -> bool:
+        """Whether an instrument's process holds its folder."""
+        try:
+            DirectoryLock(self._folder).close()
+        except StorageError:
+            return True
+        return False
 
     # ------------------------------------------------------------------------------------------------- working
 
@@ -238,13 +287,9 @@ class Site:
     # ------------------------------------------------------------------------------------------------- closing
 
     def close(self) -> None:
-        """Give the lease back, stop the instrument's process and close the files."""
-        with contextlib.suppress(StemloopError, OSError):
+        """Give the lease back, stop the instrument's process and close the files. Closing twice is harmless."""
+        with self._opened, contextlib.suppress(StemloopError, OSError):
             self.scope.close()
-        self._stop_host()
-        self.receiver.close()
-        self.log.close()
-        self.journal.close()
 
     def __enter__(self) -> Site:
         return self

@@ -60,17 +60,18 @@ def line(run: Run, step: Step) -> str:
 def show(run: Run) -> int:
     """Run to the end, saying where it stands; return the exit status."""
     console = Console(stderr=False, highlight=False)
-    console.print(f"[bold]stemloop[/bold] {run.settings.recipe} on {run.settings.specimen or run.settings.instrument}")
-    console.print(f"run folder {run.directory}")
-    if console.is_terminal:
-        with console.status("starting the instrument") as status:
+    with run.site:  # whatever happens here, the instrument's process ends
+        said = f"stemloop {run.settings.recipe} on {run.settings.specimen or run.settings.instrument}"
+        console.print(f"{said}\nrun folder {run.directory}", markup=False, soft_wrap=True)
+        if console.is_terminal:
+            with console.status("looking at the field") as status:
+                for step in run:
+                    status.update(line(run, step))
+        else:
             for step in run:
-                status.update(line(run, step))
-    else:
-        for step in run:
-            print(line(run, step), flush=True)
+                print(line(run, step), flush=True)
     console.print(_result(run))
-    console.print(f"report  {(run.directory / 'report.html').resolve()}", soft_wrap=True)
+    console.print(f"report  {(run.directory / 'report.html').resolve()}", markup=False, soft_wrap=True)
     return 0
 
 
