@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -52,66 +51,6 @@ def span(values: list[float | None], show: Callable[[float], Any] = float) -> st
 
 
 # --------------------------------------------------------------------------------------------------- run folders
-
-
-def experiments(runs: list[dict[str, Any]]) -> str:
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for run in runs:
-        if run["plan"] not in FIXED:
-            groups.setdefault((run["specimen"] or run["instrument"], run["recipe"], run["calculator"]), []).append(run)
-    head = (
-        "specimen | recipe | calculator | seeds | points | of the full raster | dose fraction | stop reason | "
-        "largest deviation | map error (rms) | unit | coverage of 2 sigma | time [s] | memory [MB]"
-    )
-
-    def row(name: tuple[Any, ...], found: list[dict[str, Any]]) -> Iterable[Any]:
-        def of(key: str) -> list[float | None]:
-            return [run[key] for run in found]
-
-        return (
-            *name,
-            len(found),
-            span(of("points")),
-            span([run["points"] / run["raster_points"] for run in found], percent),
-            span(of("dose_fraction"), percent),
-            ", ".join(sorted({run["stop_reason"] for run in found})),
-            span(of("final_sigma")),
-            span(of("map_rmse")),
-            found[0]["unit"],
-            span(of("coverage_2sigma"), percent),
-            span(of("seconds")),
-            span(of("peak_memory_MB")),
-        )
-
-    return table(head, (row(name, found) for name, found in sorted(groups.items(), key=str)))
-
-
-def baselines(runs: list[dict[str, Any]]) -> str | None:
-    rows = [
-        (
-            run["specimen"],
-            run["recipe"],
-            run["seed"],
-            run["plan"],
-            run["points"],
-            run["map_rmse"],
-            run["final_sigma"],
-            run["unit"],
-        )
-        for run in sorted(runs, key=lambda run: (str(run["specimen"]), run["seed"], run["points"]))
-    ]
-    if not any(run["plan"] in FIXED for run in runs):
-        return None
-    return table("specimen | recipe | seed | plan | points | map error (rms) | largest deviation | unit", rows)
-
-
-def load_run(folder: Path) -> dict[str, Any]:
-    run: dict[str, Any] = {"calculator": None, **json.loads((folder / "summary.json").read_text())}
-    run["plan"] = json.loads((folder / "settings.json").read_text())["acquisition"] or "the recipe's own"
-    return run
-
-
-# ---------------------------------------------------------------------------------------------------- benchmarks
 
 
 def meV(value_eV: float | None) -> float | None:
@@ -323,17 +262,13 @@ def put(page: str, name: str, text: str) -> str:
     return found
 
 
-def main(folders: list[Path]) -> None:
+def main() -> None:
     page = PAGE.read_text(encoding="utf-8")
     for name, (source, show) in BENCHMARKS.items():
         if source.exists():
             page = put(page, name, show(json.loads(source.read_text())))
-    runs = [load_run(folder) for folder in folders]
-    for name, text in (("experiments", experiments(runs) if runs else None), ("baselines", baselines(runs))):
-        if text:
-            page = put(page, name, text)
     PAGE.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main([Path(word) for word in sys.argv[1:]])
+    main()
