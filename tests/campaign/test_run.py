@@ -27,8 +27,12 @@ def stemloop(*words, **options):
 
 
 def start(*words):
+    # a shell's background job ignores Ctrl-C and its children inherit that: here it must be heard
     return subprocess.Popen(
-        [sys.executable, "-m", "stemloop.cli", *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [sys.executable, "-m", "stemloop.cli", *map(str, words)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -29,7 +29,7 @@ def image(shape=(8, 12), unit="nm"):
 
 
 def test_each_recorded_position_answers_its_own_spectrum():
-    signal = spectra(energy_eV=60e3)
+    signal = spectra(beam_energy_eV=60e3)
     replay = Replay(signal, current_A=1e-11)
     assert isinstance(replay, Instrument)
     assert replay.info.field_m == pytest.approx((2e-9, 3e-9)) and replay.info.energy_eV == 60e3
