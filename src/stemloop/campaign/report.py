@@ -36,7 +36,7 @@ h1 { font-size:2rem; line-height:1.2; margin:.1em 0 .3em; letter-spacing:-.01em 
 h2 { font-size:1.12rem; margin:0 0 .2em }
 .lead { color:var(--soft); margin:0 0 1.3em; max-width:52em }
 .lead strong { color:var(--ink); font-weight:600 }
-.facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(170px,1fr)); gap:12px; margin:0 0 20px }
+.facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(150px,1fr)); gap:12px; margin:0 0 20px }
 .fact, section { background:var(--card); border:1px solid var(--line); border-radius:10px }
 .fact { padding:12px 16px }
 .fact b { display:block; font-size:1.2rem; font-weight:650; line-height:1.25; font-variant-numeric:tabular-nums;

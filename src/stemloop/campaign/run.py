@@ -85,7 +85,7 @@ def verify(directory: Path) -> dict[str, Any]:
         "journal records": len(journal.records),
         "exposures": len(exposures),
         "frames": frames,
-        "sealed": sealed.exists(),
+        "sealed files": int(sealed.exists()),
     }
 
 
