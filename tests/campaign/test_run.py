@@ -100,7 +100,7 @@ def run_under_fire(folder, words, rng, kills, also_the_instrument=False):
     return how often it was killed."""
     process, done = start(*words), 0
     while process.poll() is None:
-        wanted = len(known_records(folder)) + int(rng.integers(1, 8))
+        wanted = len(known_records(folder)) + int(rng.integers(1, 4))
         while process.poll() is None and len(known_records(folder)) < wanted:
             time.sleep(0.002)
         time.sleep(float(rng.uniform(0, 0.03)))
@@ -119,7 +119,7 @@ def run_under_fire(folder, words, rng, kills, also_the_instrument=False):
 def test_killed_at_random_moments_it_decides_as_if_it_had_not_been(recording, finished, tmp_path, seed):
     folder = tmp_path / "killed"
     words = ("run", "eels-map", "--instrument", f"replay:{recording}", "--target-sigma", TARGET, "--out", folder)
-    assert run_under_fire(folder, words, np.random.default_rng(seed), kills=6) >= 3
+    assert run_under_fire(folder, words, np.random.default_rng(seed), kills=6) >= 2
     assert decisions(folder) == decisions(finished[0])
     positions = exposed_positions(folder)
     assert len(positions) == len(set(positions))
@@ -128,7 +128,7 @@ def test_killed_at_random_moments_it_decides_as_if_it_had_not_been(recording, fi
 def test_killed_together_with_its_instrument_it_exposes_nothing_twice(recording, tmp_path):
     folder = tmp_path / "killed"
     words = ("run", "eels-map", "--instrument", f"replay:{recording}", "--target-sigma", TARGET, "--out", folder)
-    assert run_under_fire(folder, words, np.random.default_rng(9), kills=4, also_the_instrument=True) >= 2
+    assert run_under_fire(folder, words, np.random.default_rng(9), kills=4, also_the_instrument=True) >= 1
     positions = exposed_positions(folder)
     assert len(positions) == len(set(positions))
     assert json.loads((folder / "summary.json").read_text())["stop_reason"] == "uncertainty"
