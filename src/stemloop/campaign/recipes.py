@@ -275,6 +275,7 @@ class StrainEnergy(DiffractionRecipe):
     def _lay_out(self) -> None:
         super()._lay_out()
         self.target_sigma = self.targets[self.material]
+        self.shared_variance = self.describer.shared(self.material)[:3, None] ** 2
 
     def _model(self, settings: Settings) -> Any:
         assert self.overview is not None
@@ -286,7 +287,7 @@ class StrainEnergy(DiffractionRecipe):
         it is added to the variances."""
         mixed = np.array([[1.0, 1.0, 0.0], [1.0, -1.0, 0.0], [0.0, 0.0, 1.0]])
         answer = self.model.surface.answer(self.model.surface.within_limit((mixed @ mean).T))
-        shared = self.describer.shared(self.material)[:3, None] ** 2
+        shared = self.shared_variance
 
         def moments(variance: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
             return expect(answer, np.einsum("ij,jn,kj->nik", mixed, variance + shared, mixed))

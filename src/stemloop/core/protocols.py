@@ -211,8 +211,8 @@ class Acquisition(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where an experiment stands, as stop rules and the display see it. ``target_sigma`` and ``sigma`` are in the
-    unit of the property; ``dose`` counts electrons."""
+    """Where an experiment stands, as stop rules and the display see it. ``sigma``, the largest deviation, is in the
+    unit of the property; ``electrons`` is the dose that was spent."""
 
     points: int
     sigma: float
