@@ -125,13 +125,42 @@ def test_killed_at_random_moments_it_decides_as_if_it_had_not_been(recording, fi
     assert len(positions) == len(set(positions))
 
 
-def test_killed_together_with_its_instrument_it_exposes_nothing_twice(recording, tmp_path):
+def test_killed_together_with_its_instrument_it_exposes_nothing_twice(recording, finished, tmp_path):
     folder = tmp_path / "killed"
     words = ("run", "eels-map", "--instrument", f"replay:{recording}", "--target-sigma", TARGET, "--out", folder)
     assert run_under_fire(folder, words, np.random.default_rng(9), kills=4, also_the_instrument=True) >= 1
     positions = exposed_positions(folder)
     assert len(positions) == len(set(positions))
-    assert json.loads((folder / "summary.json").read_text())["stop_reason"] == "uncertainty"
+    summary = json.loads((folder / "summary.json").read_text())
+    results = [r for r in Journal(folder / "journal.jsonl", readonly=True).records if r["kind"] == "result"]
+    if not any(r.get("lost") for r in results):
+        assert decisions(folder) == decisions(finished[0])
+    elif summary["stop_reason"] == "all-measured":  # what was lost may be what the target needed
+        assert summary["points"] == 120
+    else:
+        assert summary["stop_reason"] == "uncertainty"
+        assert summary["final_sigma"] <= summary["target_sigma"]
+
+
+def test_a_first_batch_lost_with_the_instrument_is_replaced_by_other_positions(finished, tmp_path):
+    folder = tmp_path / "lost"
+    shutil.copytree(finished[0], folder)
+    lines = (folder / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    command = next(i for i, line in enumerate(lines) if b'"kind":"command"' in line)
+    (folder / "journal.jsonl").write_bytes(b"".join(lines[: command + 1]))
+    spool = SpoolJournal(folder / "instrument" / "spool.log")
+    results = [offset for offset, record in spool if record["record"] == "result"]
+    spool.close()
+    os.truncate(folder / "instrument" / "spool.log", results[0])
+    (folder / "frames.log").unlink()
+    done = stemloop("resume", folder)
+    assert done.returncode == 0, done.stderr
+    positions = exposed_positions(folder)
+    assert len(positions) == len(set(positions))
+    first, second = (set(chosen) for _, chosen, _, _ in decisions(folder)[:2])
+    assert len(second) == len(first)
+    assert not first & second
+    assert json.loads((folder / "summary.json").read_text())["stop_reason"] in ("uncertainty", "all-measured")
 
 
 def served(folder):

@@ -41,12 +41,16 @@ class Measurements:
     value: list[float] = field(default_factory=list)
     sigma: list[float] = field(default_factory=list)
     descriptors: dict[str, list[Any]] = field(default_factory=dict)
+    lost: int = 0
 
     def add(self, index: list[int], result: dict[str, Any]) -> None:
-        """Append one batch; places that gave no usable value (None) count as exposed and teach nothing."""
+        """Append one batch; places that gave no usable value (None) count as exposed and teach nothing.
+
+        ``lost`` counts the places whose frames were lost with the instrument."""
         self.index += index
         self.value += [float("nan") if v is None else v for v in result["value"]]
         self.sigma += [float("nan") if s is None else s for s in result["sigma"]]
+        self.lost += len(index) if result.get("lost") else 0
         for name in result.get("descriptors") or self.descriptors:
             rows = (result.get("descriptors") or {}).get(name, [None] * len(index))
             self.descriptors.setdefault(name, []).extend(rows)
@@ -93,7 +97,8 @@ class Experiment:
         wanted = self.settings.target_sigma or self.recipe.target_sigma
         if wanted is not None:
             return wanted
-        first = self.data.usable(self.history[1]["points"] if len(self.history) > 1 else None)["value"]
+        believed = [past["points"] for past in self.history if past["hyper"] is not None]
+        first = self.data.usable(believed[0] if believed else None)["value"]
         return float(self.recipe.target_share * np.ptp(first)) if len(first) else float("inf")
 
     @property
@@ -188,7 +193,7 @@ class Experiment:
                 "stop": None,
                 "chosen": [],
             }
-            if number == 0:
+            if self.data.lost == len(self.data.index):  # also when all that was begun died with the instrument
                 decision["chosen"] = self._first(fixed, rng)
                 decision["stop"] = None if decision["chosen"] else self._exhausted()
                 return decision
@@ -223,16 +228,25 @@ class Experiment:
             return "all-measured"
         return "points" if self.settings.max_points is not None and points >= self.settings.max_points else "dose"
 
+    def _free(self) -> NDArray[np.intp]:
+        """Candidates that were never exposed."""
+        return np.setdiff1d(np.arange(len(self.recipe.candidates_m)), self.data.index)
+
     def _first(self, fixed: bool, rng: np.random.Generator) -> list[int]:
-        if not fixed:
-            n = self._affordable(self.settings.initial or self.recipe.initial)
-            return [int(i) for i in initial_design(self.recipe.features, n, (0.0, 0.0), rng)] if n else []
-        n = self._affordable(self.settings.max_points or len(self.recipe.candidates_m))
-        choose = ACQUISITIONS[str(self.settings.acquisition)]
-        return [int(i) for i in choose(None, self.recipe.features, n, (0.0, 0.0), rng)] if n else []
+        free = self._free()
+        wanted = (self.settings.max_points or len(free)) if fixed else (self.settings.initial or self.recipe.initial)
+        n = self._affordable(wanted)
+        if n == 0:
+            return []
+        if fixed:
+            choose = ACQUISITIONS[str(self.settings.acquisition)]
+            picked = choose(None, self.recipe.features[free], n, (0.0, 0.0), rng)
+        else:
+            picked = initial_design(self.recipe.features[free], n, (0.0, 0.0), rng)
+        return [int(i) for i in free[picked]]
 
     def _next(self, belief: Any, rng: np.random.Generator) -> list[int]:
-        free = np.setdiff1d(np.arange(len(self.recipe.candidates_m)), self.data.index)
+        free = self._free()
         n = self._affordable(self.settings.batch or self.recipe.batch)
         if n == 0 or len(free) == 0:
             return []
@@ -249,7 +263,7 @@ class Experiment:
         frames, exposure = self.site.expose(instruction, f"batch-{key}", self.watch)
         known = self.site.journal.find("result", key)
         if known is None:
-            nothing: dict[str, Any] = {"value": [None] * len(index), "sigma": [None] * len(index)}
+            nothing: dict[str, Any] = {"value": [None] * len(index), "sigma": [None] * len(index), "lost": True}
             found = nothing if frames is None else self.recipe.interpret(frames, exposure, self.watch)
             known = self.site.journal.append("result", key, **found)
         elif frames is not None:

@@ -6,6 +6,6 @@ STOP_REASONS = {
     "points": "the budget of points was spent",
     "dose": "the budget of dose was spent",
     "time": "the budget of time was spent",
-    "all-measured": "every position of the map was measured",
+    "all-measured": "every position of the map was exposed",
     "no-usable-measurement": "no measurement could be trusted",
 }
