@@ -115,6 +115,77 @@ class Batch:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
+@runtime_checkable
+class Block(Protocol):
+    """Consecutive frames of one scan in whatever form they have (dense, events, gap-coded): it answers in that form.
+
+    A frame is (rows, columns) of counts. Every implementation gives the same numbers to the last count: ``total``,
+    ``frame`` and ``dense`` are whole numbers, and ``dot`` is exact where the masks are whole numbers.
+    """
+
+    @property
+    def frames(self) -> int: ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of a frame."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the block takes in its own form."""
+        ...
+
+    def dot(self, masks: NDArray[Any]) -> NDArray[np.float64]:
+        """(frames, k): the sum of each frame under each of ``masks`` (k, rows, columns)."""
+        ...
+
+    def moments(self) -> NDArray[np.float64]:
+        """(frames, 3): sum of counts, sum of row x counts, sum of column x counts."""
+        ...
+
+    def total(self) -> NDArray[np.uint64]:
+        """(rows, columns): the sum over the frames."""
+        ...
+
+    def frame(self, index: int) -> NDArray[Any]:
+        """One frame (rows, columns)."""
+        ...
+
+    def dense(self) -> NDArray[Any]:
+        """(frames, rows, columns): all frames."""
+        ...
+
+
+class Codec(Protocol):
+    """A way to write blocks as bytes. ``decode(encode(block))`` has the same frames for a codec without loss; a lossy
+    one states its error in ``loss`` (a sentence with numbers), which is empty otherwise."""
+
+    name: str
+    loss: str
+
+    def encode(self, block: Block) -> bytes: ...
+
+    def decode(self, data: bytes) -> Block: ...
+
+
+class Fold(Protocol):
+    """A reduction in parts: the same answer for any split of the scan into blocks, in any order and on any executor.
+
+    ``init`` makes an empty part of a scan of ``scan`` (rows, columns) positions and frames of ``shape``; ``step`` takes
+    in a block whose first frame is position number ``first`` (row-major) and returns the part; ``merge`` joins two
+    parts that saw different positions; ``finish`` turns the whole into named arrays.
+    """
+
+    def init(self, scan: tuple[int, int], shape: tuple[int, int]) -> Any: ...
+
+    def step(self, part: Any, block: Block, first: int) -> Any: ...
+
+    def merge(self, one: Any, other: Any) -> Any: ...
+
+    def finish(self, part: Any) -> dict[str, NDArray[Any]]: ...
+
+
 class FrameSink(Protocol):
     """Where an instrument's side puts frames. The sequence numbers are given by the sender, who keeps them durably:
     a batch that is sent again carries its old numbers, and the receiver keeps the first copy."""
