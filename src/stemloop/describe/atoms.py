@@ -18,6 +18,7 @@ from scipy.spatial import cKDTree
 from stemloop.core.errors import InputError
 from stemloop.core.structure import Columns
 from stemloop.describe import gaussians
+from stemloop.describe.sites import expected, presence
 
 Floats = NDArray[np.float64]
 
@@ -41,6 +42,17 @@ class _Noise(NamedTuple):
     def variance(self, intensity: Floats) -> Floats:
         mean = self.gain * float(intensity.mean()) + self.floor
         return np.maximum(self.gain * intensity + self.floor, 0.05 * mean)
+
+
+class _Prior(NamedTuple):
+    """What is known of the parameters before the fit: Gaussians of ``middle`` (n, 4) and ``precision`` (n, 4)."""
+
+    middle: Floats
+    precision: Floats
+
+    def cost(self, columns: Floats) -> float:
+        """Twice the negative logarithm of its density, but for a constant."""
+        return float((self.precision * (columns - self.middle) ** 2).sum())
 
 
 class _Fit(NamedTuple):
@@ -91,18 +103,44 @@ def find_columns(image: NDArray[Any], pixel_size_m: float | None = None) -> Colu
         start = _start(soft, _peaks(pixels, variance, width, excess), width, value)
         if len(start) == 0:
             return _columns(start, start)
-        model = _fit(pixels, variance, start, mesh, width, steps)
-        fit = _judged(model, variance, pixels, draws=0)
+        prior = _prior(start)
+        model = _fit(pixels, variance, start, mesh, width, steps, prior)
+        fit = _judged(model, variance, pixels, prior, draws=0)
         value, mesh = fit.value[_believable(fit, width, pixels.shape)], model.mesh
         if len(value) == 0:
             return _columns(value, value)
         width = float(np.exp(np.median(value[:, 3])))
         excess = _unexplained(pixels - model.image, variance, width)
+    return _finished(pixels, noise, value, mesh, width)
+
+
+def _finished(pixels: Floats, noise: _Noise, value: Floats, mesh: Floats, width: float) -> Columns:
+    """The last fit: with the columns that the lattice expects and that are there, weighted by the model's noise."""
+    model = _Model(value, _remeshed(mesh, _nodes(pixels.shape, width)), pixels.shape, width)
     variance = _doubted(pixels - model.image, noise.variance(model.image), width)
-    fit = _judged(_fit(pixels, variance, value, mesh, width, _STEPS), variance, pixels, draws=2)
-    good = _believable(fit, width, pixels.shape)
-    whole = ((fit.value[:, :2] >= width) & (fit.value[:, :2] <= np.array(pixels.shape) - 1 - width)).all(axis=1)
-    return _columns(fit.value[good & whole], fit.sigma[good & whole])
+    sites = expected(value[:, :2], pixels.shape, width)
+    amplitude, sigma = _amplitudes(pixels - model.image, 1 / variance, sites.position, width)
+    share = min(0.99, max(0.5, 1 - len(amplitude) / len(value)))
+    there = presence(amplitude, sigma, value[:, 2], share) > 0.5 if len(amplitude) else np.zeros(0, bool)
+    more = np.column_stack([sites.position, amplitude, np.full(len(amplitude), np.log(width))])[there]
+    start = np.concatenate([value, more])
+    prior = _prior(start, len(more), sites.spread)
+    model = _fit(pixels, variance, start, mesh, width, _STEPS, prior)
+    fit = _judged(model, variance, pixels, prior, draws=2)
+    chance = presence(fit.value[:, 2], fit.sigma[:, 2], fit.value[: len(value), 2], share)
+    good = _believable(fit, width, pixels.shape, np.arange(len(start)) >= len(value)) & (chance > 0.5)
+    good &= ((fit.value[:, :2] >= width) & (fit.value[:, :2] <= np.array(pixels.shape) - 1 - width)).all(axis=1)
+    return _columns(fit.value[good], fit.sigma[good])
+
+
+def _amplitudes(residual: Floats, weight: Floats, position: Floats, width: float) -> tuple[Floats, Floats]:
+    """What a column of ``width`` at each of ``position`` (n, 2) would explain of the residual, and its deviation."""
+    if len(position) == 0:
+        return np.zeros(0), np.zeros(0)
+    columns = np.column_stack([position, np.ones(len(position)), np.full(len(position), np.log(width))])
+    reach = int(np.ceil(3 * width))
+    information = gaussians.normal(columns, weight, reach)[:, 2, 2]
+    return gaussians.gather(columns, weight * residual, reach)[:, 2] / information, information**-0.5
 
 
 def _checked(image: NDArray[Any]) -> Floats:
@@ -283,10 +321,10 @@ class _Model:
 class _Equations:
     """Damped normal equations of one Gauss-Newton step, solved by conjugate gradients."""
 
-    def __init__(self, model: _Model, weight: Floats, damping: float) -> None:
-        self.model, self.weight, self.damping = model, weight, damping
+    def __init__(self, model: _Model, weight: Floats, prior: _Prior, damping: float) -> None:
+        self.model, self.weight, self.precision, self.damping = model, weight, prior.precision, damping
         columns, mesh = model.blocks(weight)
-        columns[:, 3, 3] += _LOG_WIDTH_SPREAD**-2
+        columns[:, range(4), range(4)] += self.precision
         self.diagonal = np.concatenate([np.diagonal(columns, axis1=1, axis2=2).ravel(), mesh.ravel()])
         scale = np.sqrt(np.diagonal(columns, axis1=1, axis2=2)) + 1e-150
         relative = columns / (scale[:, :, None] * scale[:, None, :]) + (damping + 1e-9) * np.eye(4)
@@ -295,7 +333,7 @@ class _Equations:
 
     def _times(self, v: Floats) -> Floats:
         out = self.model.transposed(self.weight * self.model.times(v)) + self.damping * self.diagonal * v
-        self.model.split(out)[0][:, 3] += self.model.split(v)[0][:, 3] * _LOG_WIDTH_SPREAD**-2
+        self.model.split(out)[0][:] += self.model.split(v)[0] * self.precision
         return out
 
     def _roughly(self, v: Floats) -> Floats:
@@ -333,29 +371,36 @@ def _remeshed(mesh: Floats, nodes: tuple[int, int]) -> Floats:
     return new
 
 
-def _fit(pixels: Floats, variance: Floats, start: Floats, mesh: Floats, width: float, steps: int) -> _Model:
+def _prior(columns: Floats, guided: int = 0, spread: float = 1.0) -> _Prior:
+    """Widths are alike; the last ``guided`` columns are near where they start, give or take ``spread`` [px]."""
+    middle, precision = columns.copy(), np.zeros_like(columns)
+    middle[:, 3] = np.median(columns[:, 3])
+    precision[:, 3] = _LOG_WIDTH_SPREAD**-2
+    if guided:
+        precision[-guided:, :2] = spread**-2
+    return _Prior(middle, precision)
+
+
+def _fit(
+    pixels: Floats, variance: Floats, start: Floats, mesh: Floats, width: float, steps: int, prior: _Prior
+) -> _Model:
     """Fit all columns and the background together (Levenberg-Marquardt), from ``start`` and ``mesh``."""
     weight = 1 / variance
     model = _Model(start, _remeshed(mesh, _nodes(pixels.shape, width)), pixels.shape, width)
-    spread = _LOG_WIDTH_SPREAD
-
-    def cost(m: _Model, middle: float) -> float:
-        return float((weight * (pixels - m.image) ** 2).sum() + (((m.columns[:, 3] - middle) / spread) ** 2).sum())
-
     damping = 1e-3
     for _ in range(steps):
-        middle = float(np.median(model.columns[:, 3]))
-        price = cost(model, middle)
+        prior.middle[:, 3] = np.median(model.columns[:, 3])
+        price = float((weight * (pixels - model.image) ** 2).sum()) + prior.cost(model.columns)
         slope = model.transposed(weight * (pixels - model.image))
-        model.split(slope)[0][:, 3] -= (model.columns[:, 3] - middle) / spread**2
-        step, lift = model.split(_Equations(model, weight, damping).solve(slope, 0.05))
+        model.split(slope)[0][:] -= prior.precision * (model.columns - prior.middle)
+        step, lift = model.split(_Equations(model, weight, prior, damping).solve(slope, 0.05))
         room = 0.5 * np.exp(model.columns[:, 3:4])
         step[:, :2] = step[:, :2].clip(-room, room)
         step[:, 3] = step[:, 3].clip(-0.3, 0.3)
         columns = model.columns + step
         columns[:, 2] = np.maximum(columns[:, 2], 0.02 * model.columns[:, 2])
         trial = _Model(columns, model.mesh + lift, pixels.shape, width)
-        gain = price - cost(trial, middle)
+        gain = price - float((weight * (pixels - trial.image) ** 2).sum()) - prior.cost(columns)
         if gain < 0:
             damping *= 20
             continue
@@ -365,12 +410,12 @@ def _fit(pixels: Floats, variance: Floats, start: Floats, mesh: Floats, width: f
     return model
 
 
-def _judged(model: _Model, variance: Floats, pixels: Floats, draws: int) -> _Fit:
+def _judged(model: _Model, variance: Floats, pixels: Floats, prior: _Prior, draws: int) -> _Fit:
     """The model's columns with their deviations (see :func:`_deviations`)."""
-    return _Fit(model.columns, _deviations(model, 1 / variance, pixels, draws))
+    return _Fit(model.columns, _deviations(model, 1 / variance, pixels, prior, draws))
 
 
-def _deviations(model: _Model, weight: Floats, pixels: Floats, draws: int) -> Floats:
+def _deviations(model: _Model, weight: Floats, pixels: Floats, prior: _Prior, draws: int) -> Floats:
     """(n, 4) 1-sigma deviations of the columns' parameters.
 
     Each column's own block of the normal matrix gives its deviations as if its neighbours were known. How much wider
@@ -378,13 +423,13 @@ def _deviations(model: _Model, weight: Floats, pixels: Floats, draws: int) -> Fl
     sent through the full equations, spreads as their inverse.
     Where a column's window holds more than noise, its reduced chi-square widens it further.
     """
-    equations = _Equations(model, weight, 0.0)
+    equations = _Equations(model, weight, prior, 0.0)
     alone = np.sqrt(np.maximum(np.diagonal(equations.inverse, axis1=1, axis2=2), 0))
     rng = np.random.default_rng(0)
     spread = [np.ones_like(alone)]
     for _ in range(draws):
         right = model.transposed(np.sqrt(weight) * rng.standard_normal(pixels.shape))
-        model.split(right)[0][:, 3] += rng.standard_normal(len(alone)) / _LOG_WIDTH_SPREAD
+        model.split(right)[0][:] += rng.standard_normal(alone.shape) * np.sqrt(prior.precision)
         spread.append(model.split(equations.solve(right, 0.05))[0] / alone)
     wider = np.maximum(np.sqrt(np.mean(np.square(spread[-draws:]), axis=(0, 1))), 1.0)
     chi2 = weight * (pixels - model.image) ** 2
@@ -393,11 +438,14 @@ def _deviations(model: _Model, weight: Floats, pixels: Floats, draws: int) -> Fl
     return alone * wider * np.sqrt(np.maximum(local / (1 + few), 1.0))[:, None]
 
 
-def _believable(fit: _Fit, width: float, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """Which fits are columns: significant, not far too weak, wide or narrow, on the image, and not doubled."""
+def _believable(
+    fit: _Fit, width: float, shape: tuple[int, ...], expected: NDArray[np.bool_] | bool = False
+) -> NDArray[np.bool_]:
+    """Which fits are columns: significant (if not ``expected``), not far too weak, wide or narrow, on the image, and not
+    doubled."""
     value, sigma = fit
     good = np.isfinite(value).all(axis=1) & np.isfinite(sigma).all(axis=1)
-    good &= value[:, 2] > 4 * sigma[:, 2]
+    good &= (value[:, 2] > 4 * sigma[:, 2]) | expected
     good &= (sigma[:, :2] < 0.5 * width).all(axis=1)
     good &= np.abs(value[:, 3] - np.log(width)) < np.log(2.2)
     good &= ((value[:, :2] >= -1) & (value[:, :2] <= shape)).all(axis=1)
