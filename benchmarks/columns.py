@@ -11,14 +11,10 @@ Run: python benchmarks/columns.py [--peer PYTHON_WITH_ATOMAP]
 
 from __future__ import annotations
 
-import argparse
-import json
 import resource
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from scipy.spatial import cKDTree
@@ -132,4 +128,10 @@ if __name__ == "__main__":
     for size, dose, seed in [(512, 1e3, 0), (512, 1e4, 0), (512, 1e5, 0), (2048, 1e5, 0)][: int(sys.argv[1])]:
         case = perovskite(size, dose, seed)
         r = ours(case)
-        print(size, dose, {k: round(v, 4) for k, v in r.items()}, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "MB")
+        print(
+            size,
+            dose,
+            {k: round(v, 4) for k, v in r.items()},
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            "MB",
+        )

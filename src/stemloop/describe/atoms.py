@@ -22,8 +22,8 @@ from stemloop.describe.sites import expected, presence
 
 Floats = NDArray[np.float64]
 
-#: Standard deviation [m] of a column's image under a sub-angstrom probe; used only where the image shows no period.
-_COLUMN_SIGMA_M = 45e-12
+#: Standard deviation [nm] of a column's image under a sub-angstrom probe; used only where the image shows no period.
+_COLUMN_SIGMA_NM = 0.045
 #: Spread of a column's log-width around the median of all (a prior: it decides only where noise leaves width open).
 _LOG_WIDTH_SPREAD = 0.07
 #: A peak under this part of the bright columns' amplitude is a tail of the probe or a wave of the background.
@@ -62,26 +62,29 @@ class _Fit(NamedTuple):
     sigma: Floats
 
 
-def find_columns(image: NDArray[Any], pixel_size_m: float | None = None) -> Columns:
+def find_columns(image: NDArray[Any], pixel_size_nm: float | None = None) -> Columns:
     """Find the atom columns of a HAADF image and measure where they are.
 
     A column is a local maximum of the matched-filtered image (blind to constants and slopes) that noise alone would
-    make about once in an image, and whose fitted amplitude is more than four of its deviations. All columns are then fitted
-    together, each a Gaussian, on a smooth background, weighted by the noise (Levenberg-Marquardt, the steps by
+    make about once in an image, and whose fitted amplitude is more than four of its deviations. All columns are then
+    fitted together, each a Gaussian, on a smooth background, weighted by the noise (Levenberg-Marquardt, the steps by
     conjugate gradients), so that overlapping neighbours do not pull at each other.
 
     Parameters
     ----------
     image : (rows, columns) array of finite numbers, at least 16 x 16, bright columns on dark. Meant for 8 to 40 pm a
         pixel; a column's Gaussian should be at least 0.9 px wide (1 sigma).
-    pixel_size_m : size of a pixel [m]; only needed where the columns have no period (single atoms on a support).
+    pixel_size_nm : size of a pixel [nm]; only needed where the columns have no period (single atoms on a support).
 
     Returns
     -------
     Columns : positions (row, col) [px] with 1-sigma deviations from the fit's covariance (times the root of the
-        reduced chi-square where that is above one), amplitude [grey levels], Gaussian width [px], and the sublattice
-        by a mixture of Gaussians of the amplitudes (0 is the brightest; one sublattice where the data say so). No
-        column at all is a valid answer. Columns cut by the border (nearer than one width) are left out.
+        reduced chi-square where that is above one), amplitude and background [grey levels], Gaussian width [px], the
+        probability that the column is there, and the sublattice by a mixture of Gaussians of the amplitudes (0 is the
+        brightest; one sublattice where the data say so). ``table()`` gives all of it by name. Where the columns around
+        expect one that is not significant by itself, the image is asked there: it is a column or a vacant place, by
+        Bayes' rule from its amplitude. No column at all is a valid answer. Columns cut by the border (nearer than one
+        width) are left out.
 
     Raises
     ------
@@ -95,7 +98,7 @@ def find_columns(image: NDArray[Any], pixel_size_m: float | None = None) -> Colu
     """
     pixels = _checked(image)
     noise = _noise(pixels)
-    width = _blob_width(pixels, noise, pixel_size_m)
+    width = _blob_width(pixels, noise, pixel_size_nm)
     excess, value, mesh = 1.0, np.zeros((0, 4)), np.full((2, 2), np.percentile(pixels[::4, ::4], 10))
     for steps in (3, _STEPS):
         soft = gaussians.smooth(pixels, 0.5 * width)
@@ -128,9 +131,11 @@ def _finished(pixels: Floats, noise: _Noise, value: Floats, mesh: Floats, width:
     model = _fit(pixels, variance, start, mesh, width, _STEPS, prior)
     fit = _judged(model, variance, pixels, prior, draws=2)
     chance = presence(fit.value[:, 2], fit.sigma[:, 2], fit.value[: len(value), 2], share)
-    good = _believable(fit, width, pixels.shape, np.arange(len(start)) >= len(value)) & (chance > 0.5)
-    good &= ((fit.value[:, :2] >= width) & (fit.value[:, :2] <= np.array(pixels.shape) - 1 - width)).all(axis=1)
-    return _columns(fit.value[good], fit.sigma[good])
+    guided = np.arange(len(start)) >= len(value)
+    inside = ((fit.value[:, :2] >= width) & (fit.value[:, :2] <= np.array(pixels.shape) - 1 - width)).all(axis=1)
+    good = _believable(fit, width, pixels.shape, guided) & (chance > 0.5) & inside
+    vacant = np.concatenate([sites.position[~there], more[guided[len(value) :] & ~good[len(value) :], :2]])
+    return _columns(fit.value[good], fit.sigma[good], model.background(fit.value[good]), chance[good], vacant)
 
 
 def _amplitudes(residual: Floats, weight: Floats, position: Floats, width: float) -> tuple[Floats, Floats]:
@@ -194,7 +199,7 @@ def _noise(pixels: Floats) -> _Noise:
     return _Noise(float(gain), max(float(floor), least) if gain == 0 else float(floor) + least)
 
 
-def _blob_width(pixels: Floats, noise: _Noise, pixel_size_m: float | None) -> float:
+def _blob_width(pixels: Floats, noise: _Noise, pixel_size_nm: float | None) -> float:
     """A first width [px] of the columns: 1 / (2 pi) over the rms frequency of what stands out of the spectrum.
 
     Sharp peaks are judged against the median of their ring, so shapes and slopes of the specimen do not count. An
@@ -213,8 +218,8 @@ def _blob_width(pixels: Floats, noise: _Noise, pixel_size_m: float | None) -> fl
     sharp = np.where(seen, np.maximum(power - 12 * np.maximum(medians[ring], white), 0), 0)
     if sharp.any():
         return float(np.clip(np.sqrt(sharp.sum() / (sharp * frequency**2).sum()) / (2 * np.pi), 0.95, 12))
-    if pixel_size_m:
-        return float(np.clip(_COLUMN_SIGMA_M / pixel_size_m, 0.95, 12))
+    if pixel_size_nm:
+        return float(np.clip(_COLUMN_SIGMA_NM / pixel_size_nm, 0.95, 12))
     return 2.5
 
 
@@ -299,13 +304,18 @@ class _Model:
         gaussians.paint(self.columns, np.ascontiguousarray(steps), self.reach, image)
         return image
 
+    def background(self, columns: Floats) -> Floats:
+        """(n,) the mesh under each of ``columns``."""
+        place = columns[:, :2] * (np.array(self.mesh.shape) - 1) / (np.array(self.shape) - 1)
+        return np.asarray(ndimage.map_coordinates(self.mesh, place.T, order=1, mode="nearest"))
+
     def times(self, v: Floats) -> Floats:
         """J v, an image."""
         return self._paint(*self.split(v))
 
     def transposed(self, u: Floats) -> Floats:
         """J^T u of an image, a vector of parameters."""
-        mesh = gaussians.gather_mesh(u, *self.mesh.shape, False)
+        mesh = gaussians.gather_mesh(u, self.mesh.shape[0], self.mesh.shape[1], False)
         return np.concatenate([gaussians.gather(self.columns, u, self.reach).ravel(), mesh.ravel()])
 
     def split(self, v: Floats) -> tuple[Floats, Floats]:
@@ -315,7 +325,8 @@ class _Model:
 
     def blocks(self, weight: Floats) -> tuple[Floats, Floats]:
         """Diagonal of J^T W J: (n, 4, 4) of the columns alone, and of each mesh point."""
-        return gaussians.normal(self.columns, weight, self.reach), gaussians.gather_mesh(weight, *self.mesh.shape, True)
+        mesh = gaussians.gather_mesh(weight, self.mesh.shape[0], self.mesh.shape[1], True)
+        return gaussians.normal(self.columns, weight, self.reach), mesh
 
 
 class _Equations:
@@ -441,7 +452,7 @@ def _deviations(model: _Model, weight: Floats, pixels: Floats, prior: _Prior, dr
 def _believable(
     fit: _Fit, width: float, shape: tuple[int, ...], expected: NDArray[np.bool_] | bool = False
 ) -> NDArray[np.bool_]:
-    """Which fits are columns: significant (if not ``expected``), not far too weak, wide or narrow, on the image, and not
+    """Which fits are columns: significant (if not ``expected``), not far too weak, wide or narrow, on the image, not
     doubled."""
     value, sigma = fit
     good = np.isfinite(value).all(axis=1) & np.isfinite(sigma).all(axis=1)
@@ -458,8 +469,19 @@ def _believable(
     return good
 
 
-def _columns(value: Floats, sigma: Floats) -> Columns:
-    return Columns(value[:, :2], sigma[:, :2], value[:, 2], np.exp(value[:, 3]), sublattices(value[:, 2]))
+def _columns(
+    value: Floats, sigma: Floats, background: Floats | None = None, chance: Floats | None = None, vacant: Any = ()
+) -> Columns:
+    return Columns(
+        value[:, :2],
+        sigma[:, :2],
+        value[:, 2],
+        np.exp(value[:, 3]),
+        sublattices(value[:, 2]),
+        np.zeros(len(value)) if background is None else background,
+        np.zeros(len(value)) if chance is None else chance,
+        np.asarray(vacant, dtype=np.float64).reshape(-1, 2),
+    )
 
 
 def sublattices(amplitude: Floats, most: int = 3) -> NDArray[np.int64]:

@@ -74,7 +74,7 @@ def _elected(points: Floats, reach: float, least: float) -> Floats:
     sample = points if len(points) <= 20000 else points[:: -(-len(points) // 20000)]
     share = len(points) / len(sample)
     tree = cKDTree(sample)
-    size = np.array([len(them) for them in tree.query_ball_point(sample, reach)]) * share
+    size = np.asarray(tree.query_ball_point(sample, reach, return_length=True)) * share
     free = size >= least
     chosen: list[Floats] = []
     for i in np.argsort(-size, kind="stable"):
@@ -90,7 +90,7 @@ def _elected(points: Floats, reach: float, least: float) -> Floats:
 
 def _spread(position: Floats, votes: Floats, ballot: cKDTree, reach: float) -> float:
     """Deviation of a coordinate of the columns from the mean of the votes for their place."""
-    groups = ballot.query_ball_point(position, 1.5 * reach)
+    groups: list[list[int]] = list(ballot.query_ball_point(position, 1.5 * reach))
     off = [votes[them].mean(axis=0) - p for them, p in zip(groups, position, strict=True) if len(them) >= _FEWEST_VOTES]
     return max(0.05 * reach, 1.4826 * float(np.median(np.abs(off)))) if off else reach
 
