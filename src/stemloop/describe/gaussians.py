@@ -8,6 +8,8 @@ that a square of n pixels a side costs 2 n exponentials.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
@@ -123,7 +125,7 @@ def normal(columns: Floats, weight: Floats, reach: int) -> Floats:
 
 
 @njit(cache=True, nogil=True)
-def _hats(size: int, nodes: int) -> tuple[NDArray[np.int64], Floats]:
+def _hats(size: int, nodes: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """For each of ``size`` pixels the node before it and how far it is past that node; nodes lie evenly, end to end."""
     place = np.arange(size) * ((nodes - 1) / (size - 1))
     left = np.minimum(place.astype(np.int64), nodes - 2)

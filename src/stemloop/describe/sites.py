@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,7 +90,7 @@ def _elected(points: Floats, reach: float, least: float) -> Floats:
 
 def _spread(position: Floats, votes: Floats, ballot: cKDTree, reach: float) -> float:
     """Deviation of a coordinate of the columns from the mean of the votes for their place."""
-    groups: list[list[int]] = list(ballot.query_ball_point(position, 1.5 * reach))
+    groups: Any = ballot.query_ball_point(position, 1.5 * reach)
     off = [votes[them].mean(axis=0) - p for them, p in zip(groups, position, strict=True) if len(them) >= _FEWEST_VOTES]
     return max(0.05 * reach, 1.4826 * float(np.median(np.abs(off)))) if off else reach
 
