@@ -11,10 +11,17 @@ Run: python benchmarks/columns.py [--peer PYTHON_WITH_ATOMAP]
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
+import platform
 import resource
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy.spatial import cKDTree
@@ -23,6 +30,7 @@ A_PM = 390.5
 WIDTH_PM = (45.0, 42.0)
 PEAK_OF_DOSE = 0.0796  # mean counts of the brightest pixel a electron of dose: 18 counts at 1e4 e/A^2 and 15 pm/px
 VACANCIES = 0.01
+CASES = [(512, 1e3, range(3)), (512, 1e4, range(3)), (512, 1e5, range(3)), (2048, 1e5, range(1))]
 
 
 @dataclass(frozen=True)
@@ -114,24 +122,63 @@ def score(case: Case, found: np.ndarray, sigma: np.ndarray | None = None) -> dic
     return result
 
 
-def ours(case: Case) -> dict[str, float]:
-    """stemloop on the case, with its CPU-seconds."""
-    from stemloop.describe.atoms import find_columns
+def ours(size: int, dose: float, seed: int) -> dict[str, float]:
+    """stemloop on a case, in a process of its own: CPU-seconds of the second call (the first compiles), memory."""
+    from stemloop.describe import find_columns
 
+    find_columns(perovskite(128, 1e5).image)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    case = perovskite(size, dose, seed)
     begun = time.process_time()
     columns = find_columns(case.image)
     spent = time.process_time() - begun
-    return {"cpu_s": spent, "columns": len(columns), **score(case, columns.position, columns.sigma)}
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {
+        "cpu_s": spent,
+        "memory_MB": memory,
+        "memory_of_imports_MB": before,
+        **score(case, columns.position, columns.sigma),
+    }
+
+
+def theirs(python: str, size: int, dose: float, seed: int) -> dict[str, float]:
+    """atomap on the same case, by the interpreter of its own environment."""
+    case = perovskite(size, dose, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        image, answer = Path(folder, "image.npy"), Path(folder, "answer.npz")
+        np.save(image, case.image)
+        script = Path(__file__).parent / "peers" / "atomap_columns.py"
+        subprocess.run([python, script, image, answer, str(A_PM / 15.0)], check=True, stdout=subprocess.DEVNULL)
+        found = np.load(answer)
+        return {
+            "cpu_s": float(found["cpu_s"]),
+            "memory_MB": float(found["memory_MB"]),
+            **score(case, found["position"]),
+        }
+
+
+def main() -> None:
+    """Every case in a process of its own, so that memory is its own."""
+    words = argparse.ArgumentParser(description=__doc__)
+    words.add_argument("--peer", metavar="PYTHON", help="the interpreter of an environment with atomap")
+    words.add_argument("--case", nargs=3, metavar=("SIZE", "DOSE", "SEED"), help=argparse.SUPPRESS)
+    asked = words.parse_args()
+    if asked.case:
+        print(json.dumps(ours(int(asked.case[0]), float(asked.case[1]), int(asked.case[2]))))
+        return
+    rows = []
+    for size, dose, seeds in CASES:
+        for seed in seeds:
+            again = [sys.executable, __file__, "--case", str(size), str(dose), str(seed)]
+            mine = json.loads(subprocess.run(again, check=True, capture_output=True, text=True).stdout)
+            row = {"size": size, "dose_per_A2": dose, "seed": seed, "stemloop": mine}
+            if asked.peer and seed == 0 and size <= 512:
+                row["atomap"] = theirs(asked.peer, size, dose, seed)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    result = {"machine": {"cores": os.cpu_count(), "python": platform.python_version()}, "cases": rows}
+    (Path(__file__).parent / "results" / "columns.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    for size, dose, seed in [(512, 1e3, 0), (512, 1e4, 0), (512, 1e5, 0), (2048, 1e5, 0)][: int(sys.argv[1])]:
-        case = perovskite(size, dose, seed)
-        r = ours(case)
-        print(
-            size,
-            dose,
-            {k: round(v, 4) for k, v in r.items()},
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-            "MB",
-        )
+    main()
