@@ -81,7 +81,9 @@ class Signal:
             raise MissingExtra("HyperSpy is not installed: pip install hyperspy.") from None
         spectra = len(self.axes) == 1 or self.axes[-1].name == "energy_loss"
         kind = hyperspy.signals.Signal1D if spectra else hyperspy.signals.Signal2D
-        axes = [{"name": a.name, "size": a.size, "scale": a.scale, "offset": a.offset, "units": a.unit} for a in self.axes]
+        axes = [
+            {"name": a.name, "size": a.size, "scale": a.scale, "offset": a.offset, "units": a.unit} for a in self.axes
+        ]
         return kind(np.array(self.data), axes=axes, original_metadata={"stemloop": dict(self.metadata)})
 
     def axis(self, name: str) -> Axis:

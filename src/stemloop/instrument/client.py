@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stemloop.core.errors import InputError, InstrumentError, IntegrityError, LeaseError, StemloopError
+from stemloop.core.errors import InputError, IntegrityError, LeaseError, StemloopError
 from stemloop.core.instruction import Blank, Instruction
 from stemloop.core.protocols import Exposure, InstrumentInfo
 from stemloop.instrument import wire
@@ -245,7 +245,9 @@ class Client(Words, Connection):
         reply = self._ask({"op": "check", "plan": steps})
         return Costs(
             tuple(
-                Cost(i.kind, i, float(s["electrons"]), float(s["seconds"]), str(s["verdict"]), str(s.get("message", "")))
+                Cost(
+                    i.kind, i, float(s["electrons"]), float(s["seconds"]), str(s["verdict"]), str(s.get("message", ""))
+                )
                 for i, s in zip(instructions, reply["steps"], strict=True)
             )
         )

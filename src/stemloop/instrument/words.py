@@ -7,15 +7,14 @@ carries its unit. Places are (y, x) from the top-left corner of the field, y dow
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from stemloop.core.errors import InputError
 from stemloop.core.instruction import (
