@@ -86,7 +86,7 @@ def read_token(address: Address, token: str | None, role: str) -> str:
 
 
 def trust(ca: str | Path | None) -> tuple[ssl.SSLContext, bytes | None]:
-    """What to believe of a certificate: the file ``ca``, one certificate by its SHA-256, or the system's authorities."""
+    """What to believe of a certificate: the file ``ca``, one certificate by its SHA-256, or what the system trusts."""
     fingerprint = _FINGERPRINT.fullmatch(str(ca)) if ca is not None else None
     if fingerprint is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
