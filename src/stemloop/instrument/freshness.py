@@ -32,7 +32,7 @@ OWN = 0.3
 CLOCK_S = 0.02
 
 _DISCARDED, _LEARNT, _PROVED = 2, 3, 3
-_CANDIDATES, _PLACES = 16, 6
+_CANDIDATES, _PLACES, _ENOUGH = 16, 6, 4
 _FORGET = 0.05
 _BATCHES = 5
 
@@ -87,6 +87,11 @@ class Freshness:
         return len(self.stale) + len(self.clock)
 
 
+def learning_frames() -> int:
+    """How many frames the places cost at most before the moves begin."""
+    return _CANDIDATES * (_DISCARDED + _LEARNT + _PROVED) * 5
+
+
 def _flat(frames: Any) -> NDArray[np.float64]:
     return np.asarray(frames, dtype=np.float64).ravel()
 
@@ -103,8 +108,13 @@ def _count(frames: Any) -> Any:
 
 
 def find_places(subject: Subject, kind: str) -> Places | None:
-    """Places whose frames can be told apart, at the gentlest dwell that does it; None if there are none."""
+    """Places whose frames can be told apart; None if there are none.
+
+    The gentlest dwell that gives four of them, or else the one that gives most: between two places alone a frame that
+    is two moves late would go unseen.
+    """
     candidates = subject.places(_CANDIDATES, kind)
+    best: Places | None = None
     for dwell_s in subject.dwells(kind):
         try:
             seen = [
@@ -114,9 +124,11 @@ def find_places(subject: Subject, kind: str) -> Places | None:
         except (Refused, InputError):
             continue  # this dwell is not allowed here
         chosen = _apart(kind, dwell_s, candidates, [frames[_DISCARDED:] for frames in seen])
-        if chosen is not None:
-            return chosen
-    return None
+        if chosen is not None and (best is None or len(chosen.positions) > len(best.positions)):
+            best = chosen
+        if best is not None and len(best.positions) >= min(_ENOUGH, len(candidates)):
+            break
+    return best
 
 
 def _apart(kind: str, dwell_s: float, candidates: list[Position], seen: list[NDArray[np.float64]]) -> Places | None:
