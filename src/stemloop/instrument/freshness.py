@@ -54,16 +54,18 @@ class Places:
         w = (a - b) / (size + floor)
         return w, float(w @ (a + b)) / 2, float(w @ (a - b)) / 2
 
-    def belongs(self, frame: NDArray[np.float64], own: int) -> tuple[bool, int]:
-        """Whether the frame is that of its own place, and the place that it resembles most if it is not."""
-        worst, culprit = np.inf, own
+    def share(self, frame: NDArray[np.float64], place: int) -> float:
+        """1 for a frame of the place, -1 for one of another, against the most similar of the others."""
+        shares = []
         for other in range(len(self.means)):
-            if other != own:
-                w, middle, half = self.weights(own, other)
-                share = (float(w @ frame) - middle) / half
-                if share < worst:
-                    worst, culprit = share, other
-        return worst >= OWN, culprit
+            if other != place:
+                w, middle, half = self.weights(place, other)
+                shares.append((float(w @ frame) - middle) / half)
+        return min(shares)
+
+    def looks_like(self, frame: NDArray[np.float64]) -> int:
+        """The place that the frame resembles most."""
+        return max(range(len(self.means)), key=lambda place: self.share(frame, place))
 
     def learn(self, frame: NDArray[np.float64], own: int) -> None:
         """The sample drifts: the mean follows the frames that belong."""
@@ -181,11 +183,11 @@ def watch_moves(subject: Subject, places: Places, moves: int) -> Freshness:
 
 
 def _note(found: Freshness, places: Places, frame: NDArray[np.float64], own: int, before: int, where: str) -> None:
-    belongs, culprit = places.belongs(frame, own)
-    if belongs:
+    if places.share(frame, own) >= OWN:
         places.learn(frame, own)
     else:
-        found.stale.append({"where": where, "place": own, "looks_like": culprit, "place_before": before})
+        looks = places.looks_like(frame)
+        found.stale.append({"where": where, "place": own, "looks_like": looks, "place_before": before})
 
 
 def _watch_batch(subject: Subject, places: Places, found: Freshness, where: str) -> None:
