@@ -66,7 +66,7 @@ def connect(
         the server's directory (it is waited for and followed when the server starts again on another port), or the
         contents of its ``address.json``.
     token : str, optional
-        The secret; without it that of ``role`` is read from ``tokens.json`` in the server's directory.
+        The secret; without it that of ``role`` is read from ``local.json`` in the server's directory.
     role : str, optional
         The role that is needed: ``viewer``, ``agent``, ``operator`` or ``engineer``. Without it that of the token, and
         ``agent`` for a directory.

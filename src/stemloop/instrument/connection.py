@@ -43,11 +43,12 @@ Address = str | Path | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a server listens, and whether the line is encrypted."""
+    """Where a server listens, whether the line is encrypted, and the SHA-256 of its certificate if that is known."""
 
     host: str
     port: int
     tls: bool = False
+    fingerprint: str | None = None
 
     @property
     def url(self) -> str:
@@ -59,7 +60,8 @@ class Place:
 def find(address: Address) -> Place:
     """Where to connect: a server's directory, ``host:port``, a URL, or what ``address.json`` holds."""
     if isinstance(address, Mapping):
-        return Place(str(address["host"]), int(address["port"]), bool(address.get("tls")))
+        tls = address.get("scheme") == "wss"
+        return Place(str(address["host"]), int(address["port"]), tls, address.get("fingerprint"))
     if isinstance(address, Path) or Path(address).is_dir():
         try:
             return find(json.loads((Path(address) / "address.json").read_text(encoding="utf-8")))
@@ -78,7 +80,7 @@ def read_token(address: Address, token: str | None, role: str) -> str:
         return token
     if isinstance(address, Mapping) or not Path(address).is_dir():
         raise InputError("give the token, or the server's directory as the address.")
-    path = Path(address) / "tokens.json"
+    path = Path(address) / "local.json"
     try:
         return str(json.loads(path.read_text(encoding="utf-8"))[role])
     except (OSError, ValueError, KeyError):
@@ -274,7 +276,7 @@ class Connection(ABC):
         options: dict[str, Any] = {}
         fingerprint = None
         if place.tls:
-            options["ssl"], fingerprint = trust(self._ca)
+            options["ssl"], fingerprint = trust(self._ca or place.fingerprint)
         opened = open_websocket(
             place.url,
             compression=None,
