@@ -23,7 +23,7 @@ from stemloop.core.errors import InputError, InstrumentError, LeaseError, NotAut
 from stemloop.core.instruction import Instruction
 from stemloop.core.protocols import Exposure, InstrumentInfo
 from stemloop.instrument import wire
-from stemloop.instrument.session import ROLES
+from stemloop.instrument.tokens import ROLES
 
 _DROPPED = (OSError, WebSocketException, TimeoutError)
 _RETRY_S = 0.05
@@ -52,7 +52,7 @@ def _token(address: Address, token: str | None, role: str) -> str:
         return token
     if isinstance(address, Mapping):
         raise InputError("give the token, or the server's directory as the address.")
-    path = Path(address) / "tokens.json"
+    path = Path(address) / "local.json"
     try:
         return str(json.loads(path.read_text(encoding="utf-8"))[role])
     except (OSError, ValueError, KeyError):
@@ -77,7 +77,7 @@ def connect(
         The server's directory (it is waited for and followed when the server starts again on another port),
         ``"host:port"``, or the contents of ``address.json``.
     token : str, optional
-        The secret; without it that of ``role`` is read from ``tokens.json`` in the server's directory.
+        The secret; without it that of ``role`` is read from ``local.json`` in the server's directory.
     role : str
         The role that is needed: ``viewer``, ``agent`` or ``operator``.
     lease, takeover : bool
@@ -252,15 +252,21 @@ class Client:
         self._number += 1
         fencing = {"fencing": self.fencing} if message["op"] in ("execute", "renew") else {}
         self._socket.send(wire.encode({"n": self._number, **message, **fencing}))
-        answer = self._socket.recv()
-        if not isinstance(answer, bytes):
-            raise InstrumentError("the server answered with text: is this a stemloop instrument server?")
-        reply = wire.decode(answer)
+        reply = self._receive()
+        while "event" in reply:
+            reply = self._receive()
         if reply.get("n") not in (self._number, None):
             raise ConnectionResetError(f"reply {reply.get('n')} came to message {self._number}")
         if not reply.get("ok"):
             raise from_code(str(reply.get("code")), str(reply.get("message")))
         return reply
+
+    def _receive(self) -> dict[str, Any]:
+        assert self._socket is not None
+        answer = self._socket.recv()
+        if not isinstance(answer, bytes):
+            raise InstrumentError("the server answered with text: is this a stemloop instrument server?")
+        return wire.decode(answer)
 
     def _reach(self) -> None:
         """Make sure that there is a connection, with our lease if nobody drove in the meantime."""
