@@ -11,8 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from stemloop.core.errors import DoseError, InputError, LeaseError, LimitError, NotAuthorised
 from stemloop.core.instruction import Blank, Diffraction, Image, Optics, Probe, Report, Spectrum, Stage
 from stemloop.core.protocols import Camera, InstrumentInfo
+from stemloop.instrument.dose import DoseLedger
 from stemloop.instrument.lease import LeaseDesk
-from stemloop.instrument.session import DoseLedger, Limits
+from stemloop.instrument.limits import Limits
 from stemloop.instrument.tokens import Identity, Tokens
 
 INFO = InstrumentInfo(

@@ -36,7 +36,7 @@ class InstrumentInfo:
     """What an instrument is: ``field_m`` (height, width) [m] of its largest field of view, what it can do
     (``instructions``: names of instruction kinds), its beam ``energy_eV``, its ``camera`` if it has one, the
     ``energy_loss`` axis as (offset, scale, size) [eV] if it records spectra, and, for a recording, the only positions
-    that it can answer (``positions_m``, (n, 2) (y, x) [m])."""
+    that it can answer (``positions_m``, (n, 2) (y, x) [m]). ``detectors`` are those that an image may name."""
 
     name: str
     instructions: tuple[str, ...]
@@ -47,6 +47,7 @@ class InstrumentInfo:
     energy_loss: tuple[float, float, int] | None = None
     positions_m: NDArray[np.float64] | None = None
     sample: dict[str, Any] = field(default_factory=dict)
+    detectors: tuple[str, ...] = ("HAADF",)
 
 
 @dataclass(frozen=True)

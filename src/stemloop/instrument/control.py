@@ -74,6 +74,7 @@ class Conversation:
             "execute": self._execute,
             "abort": self._abort,
             "fetch": self._fetch,
+            "check": self._check,
             "state": self._state,
             "dose": self._dose,
             "info": self._info,
@@ -238,6 +239,13 @@ class Conversation:
             wire.take(message, "count", int, None),
         )
         return {"frames": frames}
+
+    async def _check(self, message: dict[str, Any]) -> dict[str, Any]:
+        asked = wire.take(message, "plan", list, None)
+        if asked is None:
+            asked = [wire.take(message, "instruction", dict)]
+        report = await self._station.plan(self.speaker, asked)
+        return report.to_dict()
 
     async def _state(self, message: dict[str, Any]) -> dict[str, Any]:
         return {"state": await self._station.hand.call(self._station.guard.state)}

@@ -13,7 +13,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,8 +37,10 @@ from stemloop.core.protocols import Abortable, Batch, Exposure, FrameSink, Instr
 from stemloop.core.record import content_hash
 from stemloop.instrument import wire
 from stemloop.instrument.audit import Audit, Head
+from stemloop.instrument.dose import DoseLedger
 from stemloop.instrument.lease import LeaseDesk
-from stemloop.instrument.session import DoseLedger, Limits
+from stemloop.instrument.limits import Limits, LimitsWatch
+from stemloop.instrument.plan import PlanReport, check_plan, current_A
 from stemloop.instrument.spool import Spool
 from stemloop.instrument.tokens import Identity
 
@@ -83,7 +85,8 @@ class Guard:
     spool, audit, desk, limits : Spool, Audit, LeaseDesk, Limits
         What was done, what is written down, who drives, what may be asked.
     dose_budget : float, optional
-        Electrons that all exposures together may take, those before a restart included.
+        Electrons that all exposures together may take, those before a restart included; the smaller one holds of this
+        and ``limits.electrons_max``.
     sink : FrameSink, optional
         Where frames go that are asked for with ``data="stream"``.
     """
@@ -100,7 +103,12 @@ class Guard:
     ) -> None:
         self.info = instrument.info
         self.limits = limits
-        self.ledger = DoseLedger(dose_budget, spool.spent)
+        self.watch = LimitsWatch(limits)
+        budgets = [budget for budget in (dose_budget, limits.electrons_max) if budget is not None]
+        self.ledger = DoseLedger(min(budgets, default=None), spool.spent, limits.region)
+        for past in spool.past():
+            if limits.region is not None:
+                self._recall(**past)
         self.desk = desk
         self._instrument = instrument
         self._spool = spool
@@ -264,7 +272,7 @@ class Guard:
         )
 
     def _repeat(self, command: Command, asked: Instruction, first: dict[str, Any]) -> dict[str, Any]:
-        if first["instruction"] != wire.instruction_to_message(asked):
+        if wire.instruction_from_message(first["instruction"]) != asked:
             raise InputError(
                 f"the command id {command.command_id!r} was used for another instruction "
                 f"({first['instruction'].get('kind')}): give each instruction its own id."
@@ -275,20 +283,35 @@ class Guard:
 
     def _act(self, command: Command, asked: Instruction) -> Exposure:
         """Carry out what does not expose. Kept without fdatasync: a repeat after a power cut does no harm."""
-        self.limits.check(asked, 0.0, self.info)
+        state = {} if isinstance(asked, Report) else self.state()
+        self.limits.check(asked, 0.0, self.info, state)
+        self.watch.admit(asked, state, time.monotonic())
+        name, settled = command.command_id, 0
+        if (spot := self.limits.opened(asked, state)) is not None:
+            electrons = units.electrons(current_A(state, self.limits), self.limits.parked_max_s or 0.0)
+            self.ledger.reserve(name, electrons, self.ledger.footprint(spot, self.info, state))
+            settled = self.ledger.settle(name)  # in advance: the beam may rest so long, whatever becomes of us
         with _instrument_errors():
             exposure = self._carry_out(command, asked)
         if not isinstance(asked, Report):
-            self._spool.result(
-                command.command_id, wire.instruction_to_message(asked), 0, exposure=exposure, durable=False
-            )
+            message = wire.instruction_to_message(asked)
+            self._spool.result(name, message, settled, exposure=exposure, durable=settled > 0)
         return exposure
 
+    def _recall(self, instruction: dict[str, Any], settled: int, exposed: int | None, state: dict[str, Any]) -> None:
+        """Put an exposure from before a restart back on the map of doses."""
+        asked = wire.instruction_from_message(instruction)
+        spot = asked if asked.exposes else self.limits.opened(asked, {**state, "blanked": False})
+        if spot is not None:
+            self.ledger.recall(self.ledger.footprint(spot, self.info, state, exposed), settled)
+
     def _expose(self, command: Command, asked: Instruction) -> Exposure:
-        electrons = self._electrons(asked)
-        self.limits.check(asked, electrons, self.info)
+        state = self.state()
+        electrons = self._electrons(asked, state)
+        self.limits.check(asked, electrons, self.info, state)
         name, message = command.command_id, wire.instruction_to_message(asked)
-        reserved = self.ledger.reserve(name, electrons * asked.exposed_positions)
+        where = self.ledger.footprint(asked, self.info, state)
+        reserved = self.ledger.reserve(name, electrons * asked.exposed_positions, where)
         try:
             self._spool.intent(name, message, command.fencing or 0, reserved, command.who.name)
         except StemloopError:
@@ -303,7 +326,13 @@ class Guard:
             self._spool.cancel(name)
             raise
         except StemloopError as error:
-            self._keep(name, message, self.ledger.settle(name, _charge(error, electrons)), error=error)
+            done = self._exposed(asked, error)
+            if done is None:
+                settled = self.ledger.settle(name)
+            else:
+                part = self.ledger.footprint(asked, self.info, state, done) if done else where
+                settled = self.ledger.settle(name, electrons * done, part)
+            self._keep(name, message, settled, error=error, exposed=done)
             raise
         settled = self.ledger.settle(name, exposure.electrons * asked.exposed_positions)
         stream = None
@@ -311,6 +340,23 @@ class Guard:
             stream = self._spool.number(asked.kind, len(exposure.frames))
         self._keep(name, message, settled, exposure=exposure, stream=stream)
         return exposure
+
+    @staticmethod
+    def _exposed(asked: Instruction, error: StemloopError) -> int | None:
+        """How many positions were exposed before the error, by the instrument's word; None if it gave none."""
+        if isinstance(error, (Refused, InputError)):
+            return 0
+        done = error.exposed if isinstance(error, Aborted) else None
+        return None if done is None else min(max(done, 0), asked.exposed_positions)
+
+    def check(self, plan: Iterable[Instruction]) -> PlanReport:
+        """What these instructions would cost and which would be refused, now and one after another. Touches nothing."""
+        return check_plan(plan, self.limits, self.ledger, self.info, self.state())
+
+    def unpark(self) -> None:
+        """Blank the beam if it has rested on one spot for longer than the limits allow. Ask often."""
+        if self.limits.parked_max_s is not None and (reason := self.watch.parked(self.state(), time.monotonic())):
+            self.blank(reason)
 
     @contextmanager
     def _beam(self, name: str) -> Iterator[None]:
@@ -339,17 +385,15 @@ class Guard:
             self._spool.lost(name, message, settled, unknown)
             raise unknown from error
 
-    def _electrons(self, asked: Instruction) -> float:
-        """Electrons at each position. An instrument that does not report its current is charged the largest one."""
-        current_A = self.state().get("current_A")
-        if not (isinstance(current_A, (int, float)) and math.isfinite(current_A) and current_A >= 0):
-            current_A = self.limits.current_max_A
-        if current_A > self.limits.current_max_A:
+    def _electrons(self, asked: Instruction, state: dict[str, Any]) -> float:
+        """Electrons at each position."""
+        current = current_A(state, self.limits)
+        if current > self.limits.current_max_A:
             raise LimitError(
-                f"the beam current is {current_A:g} A, over the limit of {self.limits.current_max_A:g} A: "
+                f"the beam current is {current:g} A, over the limit of {self.limits.current_max_A:g} A: "
                 "lower it with an Optics instruction."
             )
-        return units.electrons(float(current_A), asked.beam_time_s / asked.exposed_positions)
+        return units.electrons(current, asked.beam_time_s / asked.exposed_positions)
 
     @staticmethod
     def _check(asked: Instruction, exposure: Exposure) -> None:

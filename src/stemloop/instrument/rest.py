@@ -26,9 +26,10 @@ from stemloop.core.errors import (
     NotAuthorised,
     StemloopError,
 )
+from stemloop.core.schema import json_schema
 from stemloop.instrument.control import Conversation
 from stemloop.instrument.manage import Manager, jsonable
-from stemloop.instrument.station import Station
+from stemloop.instrument.station import PLAN_MAX, Station
 from stemloop.instrument.tokens import LIFE_MAX_S, ROLES, Entry, Identity, TokenFile
 
 MAX_BODY_BYTES = 2**20
@@ -64,6 +65,12 @@ class TokenRequest(_Strict):
     life_s: float | None = Field(None, gt=0, le=LIFE_MAX_S)
     kinds: list[str] | None = Field(None, max_length=64)
     instruments: list[str] | None = Field(None, max_length=64)
+
+
+class PlanRequest(_Strict):
+    """Instructions in the order in which they would be sent; ``GET /schema`` says what each looks like."""
+
+    plan: list[dict[str, Any]] = Field(max_length=PLAN_MAX)
 
 
 class Refusal(BaseModel):
@@ -185,6 +192,7 @@ def _discovery(app: FastAPI, station: Station, speaker: Any) -> None:
             "control": "control",
             "manage": "manage",
             "openapi": "openapi.json",
+            "schema": "schema",
         }
 
     @app.get("/state", responses=_refusals(401, 502))
@@ -197,6 +205,17 @@ def _discovery(app: FastAPI, station: Station, speaker: Any) -> None:
         else:
             asking.add_done_callback(lambda done: done.exception())
         return JSONResponse(jsonable(station.telemetry()))
+
+    @app.get("/schema")
+    async def schema() -> dict[str, Any]:
+        """The JSON Schema of the instructions."""
+        return json_schema()
+
+    @app.post("/plan", responses=_refusals(401, 403, 413, 422, 502))
+    async def plan(asked: PlanRequest, who: Identity = Depends(speaker)) -> JSONResponse:
+        """What a list of instructions would cost and which would be refused; touches nothing."""
+        report = await station.plan(who, asked.plan)
+        return JSONResponse(jsonable(report.to_dict()))
 
     @app.get("/audit/head", responses=_refusals(401))
     async def head(who: Identity = Depends(speaker)) -> dict[str, Any]:

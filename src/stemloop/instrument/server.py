@@ -33,8 +33,8 @@ from stemloop.instrument.files import DirectoryLock, write_atomically
 from stemloop.instrument.guard import Guard
 from stemloop.instrument.hand import Hand
 from stemloop.instrument.lease import LeaseDesk
+from stemloop.instrument.limits import Limits
 from stemloop.instrument.rest import build_app
-from stemloop.instrument.session import Limits
 from stemloop.instrument.spool import Spool
 from stemloop.instrument.station import Station
 from stemloop.instrument.tokens import TokenFile, Tokens, secret_file

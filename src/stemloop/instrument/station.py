@@ -10,16 +10,21 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
-from stemloop.core.errors import InstrumentError, LeaseError, NotAuthorised, StemloopError
+from stemloop.core.errors import InputError, InstrumentError, LeaseError, NotAuthorised, StemloopError
+from stemloop.instrument import wire
 from stemloop.instrument.guard import Command, Guard
 from stemloop.instrument.hand import Hand
 from stemloop.instrument.lease import Lease, LeaseDesk
+from stemloop.instrument.plan import PlanReport
 from stemloop.instrument.tokens import Identity, Tokens
 
 _log = logging.getLogger(__name__)
 
 #: A server waits at least so long [s] for its first client before it calls itself idle.
 FIRST_CLIENT_S = 30.0
+
+#: Instructions that are checked at a time.
+PLAN_MAX = 1000
 
 _TICK_S = (0.02, 0.5)
 #: An acquire waits at most so long [s] for the beam to be blanked; a busy instrument blanks when it can.
@@ -189,6 +194,16 @@ class Station:
             return True
         return False
 
+    async def plan(self, who: Identity, asked: list[Any]) -> PlanReport:
+        """What a list of instructions (their wire form) would cost, and which would be refused. Touches nothing."""
+        who.require("agent", "check a plan")
+        if len(asked) > PLAN_MAX:
+            raise InputError(f"a plan has at most {PLAN_MAX} instructions at a time; {len(asked)} came.")
+        plan = [wire.instruction_from_message(one) for one in asked]
+        for one in plan:
+            who.require_kind(one.kind)
+        return await self.hand.call(self.guard.check, plan)
+
     async def abort(self, who: Identity, lease_id: str | None) -> bool:
         """End the running command for the lease's holder or a higher role; False if nothing runs."""
         lease = self.desk.lease
@@ -239,6 +254,8 @@ class Station:
                 self.guard.note("revoke", lease.holder.name, fencing=lease.fencing)
                 self.desk.drop(str(error))
         self.blank_if_unattended("nobody holds the lease")
+        if self.guard.limits.parked_max_s is not None and self.guard.running is None:
+            self.hand.submit(self.guard.unpark)
 
     # ---------------------------------------------------------------------------------------------------- events
 
