@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stemloop.commands import facility
+from stemloop.commands import facility, tokens
 
 if TYPE_CHECKING:
     from stemloop.core.instruction import Instruction
@@ -36,6 +36,7 @@ def add(verbs: Any) -> None:
     schema.set_defaults(do=_schema)
 
     facility.add(actions)
+    tokens.add(actions)
 
 
 def _schema(words: argparse.Namespace) -> int:
