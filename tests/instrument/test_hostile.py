@@ -18,21 +18,8 @@ from stemloop.core.errors import InputError
 from stemloop.instrument import wire
 from stemloop.instrument.audit import verify_audit
 
-FIELDS = [
-    "id",
-    "fencing",
-    "instruction",
-    "data",
-    "key",
-    "first",
-    "count",
-    "plan",
-    "token",
-    "lease_id",
-    "ttl_s",
-    "takeover",
-    "expected",
-]
+NUMBERS = ["fencing", "first", "count", "ttl_s", "expected"]
+FIELDS = [*NUMBERS, "id", "instruction", "data", "key", "plan", "token", "lease_id", "takeover"]
 REPORT = {"kind": "report", "version": 2}
 
 
