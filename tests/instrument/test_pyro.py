@@ -239,7 +239,7 @@ def test_a_raster_is_row_by_row(notebook, twin):
     assert stack.shape == (2, 2, 64, 64)
     asked = twin.instrument.exposures[-1]
     assert isinstance(asked, Diffraction)
-    assert np.allclose(asked.positions_m, [(4e-9, 4e-9), (4e-9, 6e-9), (6e-9, 4e-9), (6e-9, 6e-9)])
+    assert np.allclose(list(asked.positions_m), [(4e-9, 4e-9), (4e-9, 6e-9), (6e-9, 4e-9), (6e-9, 6e-9)])
     notebook.device_settings("camera", size=16, exposure=1e-3)
 
 

@@ -34,6 +34,7 @@ from stemloop.campaign.recipes import RECIPES
 from stemloop.campaign.settings import Settings
 from stemloop.campaign.site import write_whole
 from stemloop.core.errors import InputError
+from stemloop.core.instruction import from_dict
 from stemloop.core.structure import QUANTITIES
 from stemloop.reduce.spectra import SCALARIZERS
 
@@ -128,7 +129,7 @@ class Documents:
     def _measured(self, result: dict[str, Any]) -> Iterator[Document]:
         name = f"batch-{result['key']}"
         exposure, command = self._known["exposure", name], self._known["command", name]
-        positions = command["instruction"].get("positions_m", [])
+        positions = list(getattr(from_dict(command["instruction"]), "positions_m", ()))
         share = exposure["electrons"] / max(1, len(positions))
         asked_s, found_s = _when(exposure), _when(result)
         keys = {"y": _key("number", "m"), "x": _key("number", "m"), "electrons": _key("number", "electrons")}

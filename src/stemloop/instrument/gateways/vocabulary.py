@@ -25,6 +25,7 @@ from stemloop.core.instruction import (
     Optics,
     Position,
     Probe,
+    Raster,
     Spectrum,
     Stage,
 )
@@ -265,8 +266,7 @@ class Vocabulary:
     def acquire_scanned_data_advanced(self, command_id: str | None = None) -> dict[str, Any]:
         """Diffraction patterns on a raster over the field of view: (rows, columns, det_y, det_x)."""
         edge = int(self._settings[self._detector("camera")]["size"])
-        steps = (np.arange(edge) + 0.5) / edge
-        places = tuple(self._place(float(y), float(x)) for y in steps for x in steps)
+        places = Raster(self._corner(), (self._fov_m, self._fov_m), (edge, edge))
         found = self._expose(Diffraction(places, self._settings["camera"]["exposure"]), command_id)
         assert found.frames is not None
         return self._answer(found, found.frames.reshape(edge, edge, *found.frames.shape[1:]))
