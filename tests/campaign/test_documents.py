@@ -11,8 +11,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from recording import write_recording
 
+from campaign.recording import write_recording
 from stemloop.campaign import documents, run
 from stemloop.campaign.journal import Journal
 from stemloop.campaign.settings import Settings

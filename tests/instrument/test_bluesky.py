@@ -1,6 +1,6 @@
 """A real RunEngine scans the twin, headless, and a pause exposes nothing twice."""
 
-import threading
+import itertools
 
 import numpy as np
 import pytest
@@ -17,9 +17,12 @@ event_model = pytest.importorskip("event_model")
 from bluesky import RunEngine, protocols
 from bluesky import plan_stubs as bps
 from bluesky import plans as bp
-from bluesky.utils import FailedStatus, RunEngineInterrupted
+from bluesky.preprocessors import plan_mutator
+from bluesky.utils import FailedStatus, Msg, RunEngineInterrupted, ensure_generator
 
 from stemloop.instrument.gateways.bluesky import Bench
+
+pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.fixture(scope="module")
@@ -126,26 +129,18 @@ def test_the_servers_limits_end_a_plan(bench, engine, twin):
 
 
 def paused(engine, plan, after, heard):
-    """Run a plan that is paused at once after the ``after``-th trigger, and resume it."""
-    pause = threading.Event()
+    """Run a plan that is paused at once, right after its ``after``-th trigger was begun; then resume it."""
+    count = itertools.count(1)
 
-    def hook(message, before=engine.msg_hook):
-        before(message)
-        if message.command == "trigger":
-            hook.count += 1
-            if hook.count == after and not pause.is_set():
-                pause.set()
-                engine.loop.call_soon(lambda: engine.request_pause(defer=False))
+    def pause_after(message):
+        if message.command == "trigger" and next(count) == after:
+            return None, ensure_generator([Msg("pause", None, defer=False)])
+        return None, None
 
-    hook.count, kept = 0, engine.msg_hook
-    engine.msg_hook = hook
-    try:
-        with pytest.raises(RunEngineInterrupted):
-            engine(plan, heard)
-        yield
-        engine.resume()
-    finally:
-        engine.msg_hook = kept
+    with pytest.raises(RunEngineInterrupted):
+        engine(plan_mutator(plan, pause_after), heard)
+    yield
+    engine.resume()
 
 
 def plan_without_checkpoints(bench, n):
