@@ -26,6 +26,16 @@ def add(verbs: Any) -> None:
     pyro.add_argument("--idle", type=float, default=60.0, metavar="S", help="seconds until a silent notebook is let go")
     pyro.set_defaults(do=_pyro)
 
+    intersect = kinds.add_parser("intersect", help="as a capability of INTERSECT, through a broker")
+    _server(intersect)
+    intersect.add_argument("--broker", default="127.0.0.1:1883", metavar="HOST:PORT", help="MQTT broker, on loopback")
+    intersect.add_argument("--user", required=True, metavar="NAME", help="of the broker")
+    intersect.add_argument("--password-file", required=True, type=Path, metavar="FILE", help="holds its password")
+    for name in ("organization", "facility", "system", "service"):
+        intersect.add_argument(f"--{name}", required=True, metavar="NAME", help="where the service stands")
+    intersect.add_argument("--idle", type=float, default=60.0, metavar="S", help="seconds of silence until it lets go")
+    intersect.set_defaults(do=_intersect)
+
 
 def _server(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("address", metavar="ADDRESS", help="the instrument's server: its directory or host:port")
@@ -63,6 +73,34 @@ def _pyro(words: argparse.Namespace) -> int:
         port=words.port,
         secret=secret,
         tls=tls,
+        idle_s=words.idle,
+        ready=ready,
+        until=_stopped(),
+    )
+    return 0
+
+
+def _intersect(words: argparse.Namespace) -> int:
+    from stemloop.core.errors import InputError
+    from stemloop.instrument.gateways import intersect
+
+    host, _, port = words.broker.rpartition(":")
+    if not host or not port.isdigit():
+        raise InputError(f"a broker is HOST:PORT; got {words.broker!r}.")
+    place = {name: getattr(words, name) for name in ("organization", "facility", "system", "service")}
+
+    def ready() -> None:
+        print(json.dumps({"service": "{organization}.{facility}.{system}.-.{service}".format(**place)}), flush=True)
+
+    intersect.serve(
+        words.address,
+        place,
+        words.user,
+        words.password_file.read_text(encoding="utf-8").strip(),
+        token=_token(words),
+        role=words.role,
+        host=host,
+        port=int(port),
         idle_s=words.idle,
         ready=ready,
         until=_stopped(),

@@ -193,7 +193,7 @@ class Bench:
     def describe(self, name: str, array: NDArray[Any] | None, shape: tuple[int, ...]) -> dict[str, Any]:
         """The data keys of a detector's reading."""
         source = f"stemloop:{self.scope.info.name}"
-        keys = {
+        keys: dict[str, dict[str, Any]] = {
             f"{name}_sum": {"source": source, "dtype": "number", "shape": [], "units": "counts"},
             f"{name}_electrons": {"source": source, "dtype": "number", "shape": [], "units": "electrons"},
             f"{name}_sha256": {"source": source, "dtype": "string", "shape": []},
@@ -348,7 +348,7 @@ class Detector(_Device):
 
     def trigger(self) -> Deed:
         """Expose once; a trigger that is said again after a pause is answered without exposing."""
-        asked: Instruction = self.settings
+        asked = self.settings
         if not isinstance(asked, Image):
             asked = replace(asked, positions_m=(self._bench.parked_m(),))
         command_id = self._bench.command_id(self.name, asked)
