@@ -15,7 +15,7 @@ import pytest
 from conftest import until
 from served_twin import TOKENS, served_twin
 
-from stemloop.core.errors import InputError
+from stemloop.core.errors import InputError, InstrumentError, NotAuthorised
 from stemloop.core.instruction import Image, to_dict
 from stemloop.instrument.client import connect
 
@@ -181,10 +181,15 @@ def test_limits_and_types_hold_through_the_broker(gateway, twin):
 
 @needs_broker
 def test_a_wrong_password_reaches_nothing(broker, twin):
-    stop = threading.Event()
-    threading.Timer(5.0, stop.set).start()
-    with pytest.raises(Exception, match="broker"):
-        intersect.serve(twin.folder, PLACE, "loop", "wrong", token=TOKENS["agent"], port=broker, until=stop)
+    with pytest.raises(NotAuthorised, match="broker"):
+        intersect.serve(twin.folder, PLACE, "loop", "wrong", token=TOKENS["agent"], port=broker)
+
+
+def test_no_broker_is_said_at_once(twin):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        with pytest.raises(InstrumentError, match="no broker"):
+            intersect.serve(twin.folder, PLACE, "a", "b", token=TOKENS["agent"], port=free.getsockname()[1])
 
 
 def test_the_contract_is_a_schema(twin):

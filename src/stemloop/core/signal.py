@@ -55,11 +55,8 @@ class Signal:
 
     def _repr_html_(self) -> str:
         rows = "".join(f"<tr><td>{html.escape(_words(axis))}</td></tr>" for axis in self.axes)
-        known = {name: value for name, value in self.metadata.items() if isinstance(value, (str, int, float))}
-        notes = "".join(
-            f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(f'{value:.6g}' if isinstance(value, float) else str(value))}</td></tr>"
-            for name, value in known.items()
-        )
+        known = ((name, value) for name, value in self.metadata.items() if isinstance(value, (str, int, float)))
+        notes = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(_value(v))}</td></tr>" for name, v in known)
         head = html.escape(f"{self.data.dtype}{_range(self.data)}")
         return f"{picture(self.data)}<table><tr><td>{head}</td></tr>{rows}</table><table>{notes}</table>"
 
@@ -98,6 +95,10 @@ def _words(axis: Axis) -> str:
     """Such as ``x 512 from 0 to 20 nm``."""
     last = axis.offset + axis.scale * (axis.size - 1)
     return f"{axis.name} {axis.size} from {axis.offset:.4g} to {last:.4g} {axis.unit}"
+
+
+def _value(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _range(data: NDArray[Any]) -> str:

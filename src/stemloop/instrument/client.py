@@ -24,14 +24,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stemloop.core.errors import InputError, IntegrityError, LeaseError, StemloopError
+from stemloop.core.errors import Aborted, InputError, IntegrityError, LeaseError, StemloopError
 from stemloop.core.instruction import Blank, Instruction
 from stemloop.core.protocols import Exposure, InstrumentInfo
 from stemloop.instrument import wire
 from stemloop.instrument.connection import DROPPED, Address, Connection
 from stemloop.instrument.cost import Cost, Costs
 from stemloop.instrument.progress import Progress, show
-from stemloop.instrument.session import ROLES
+from stemloop.instrument.tokens import ROLES
 from stemloop.instrument.words import Words
 
 __all__ = ["Address", "Client", "connect"]
@@ -39,7 +39,7 @@ __all__ = ["Address", "Client", "connect"]
 #: How long [s] Ctrl-C waits for the instrument's word that a scan has ended.
 ABORT_S = 10.0
 #: Frames are fetched in pieces of about so many bytes.
-PIECE_BYTES = 16 * 2**20
+PIECE_BYTES = 64 * 2**20
 
 #: Called with (positions done, positions in all); True draws a bar.
 Watching = bool | Callable[[int, int], None]
@@ -66,7 +66,7 @@ def connect(
         the server's directory (it is waited for and followed when the server starts again on another port), or the
         contents of its ``address.json``.
     token : str, optional
-        The secret; without it that of ``role`` is read from ``tokens.json`` in the server's directory.
+        The secret; without it that of ``role`` is read from ``local.json`` in the server's directory.
     role : str, optional
         The role that is needed: ``viewer``, ``agent``, ``operator`` or ``engineer``. Without it that of the token, and
         ``agent`` for a directory.
@@ -157,6 +157,11 @@ class Client(Words, Connection):
             raise self._interrupted(command_id) from None
         except LeaseError as error:
             raise self._explained(error) from None
+        except Aborted as error:
+            if self._taken_by is None:
+                raise
+            by, number = self._taken_by
+            raise LeaseError(f"{by} took the lease over (number {number}) while this ran: {error}") from error
         if "reference" in reply:
             reply = {**reply, "frames": None, "calibration": {**reply["calibration"], "reference": reply["reference"]}}
         return reply

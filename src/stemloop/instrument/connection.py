@@ -26,7 +26,7 @@ from websockets.sync.client import connect as open_websocket
 
 from stemloop.core.errors import InputError, InstrumentError, NotAuthorised, StemloopError, from_code
 from stemloop.instrument import wire
-from stemloop.instrument.session import ROLES
+from stemloop.instrument.tokens import ROLES
 
 #: What a cut line looks like.
 DROPPED = (OSError, WebSocketException, TimeoutError)
@@ -43,11 +43,12 @@ Address = str | Path | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a server listens, and whether the line is encrypted."""
+    """Where a server listens, whether the line is encrypted, and the SHA-256 of its certificate if that is known."""
 
     host: str
     port: int
     tls: bool = False
+    fingerprint: str | None = None
 
     @property
     def url(self) -> str:
@@ -59,7 +60,8 @@ class Place:
 def find(address: Address) -> Place:
     """Where to connect: a server's directory, ``host:port``, a URL, or what ``address.json`` holds."""
     if isinstance(address, Mapping):
-        return Place(str(address["host"]), int(address["port"]), bool(address.get("tls")))
+        tls = address.get("scheme") == "wss"
+        return Place(str(address["host"]), int(address["port"]), tls, address.get("fingerprint"))
     if isinstance(address, Path) or Path(address).is_dir():
         try:
             return find(json.loads((Path(address) / "address.json").read_text(encoding="utf-8")))
@@ -78,7 +80,7 @@ def read_token(address: Address, token: str | None, role: str) -> str:
         return token
     if isinstance(address, Mapping) or not Path(address).is_dir():
         raise InputError("give the token, or the server's directory as the address.")
-    path = Path(address) / "tokens.json"
+    path = Path(address) / "local.json"
     try:
         return str(json.loads(path.read_text(encoding="utf-8"))[role])
     except (OSError, ValueError, KeyError):
@@ -86,7 +88,7 @@ def read_token(address: Address, token: str | None, role: str) -> str:
 
 
 def trust(ca: str | Path | None) -> tuple[ssl.SSLContext, bytes | None]:
-    """What to believe of a certificate: the file ``ca``, one certificate by its SHA-256, or the system's authorities."""
+    """What to believe of a certificate: the file ``ca``, one certificate by its SHA-256, or what the system trusts."""
     fingerprint = _FINGERPRINT.fullmatch(str(ca)) if ca is not None else None
     if fingerprint is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -274,7 +276,7 @@ class Connection(ABC):
         options: dict[str, Any] = {}
         fingerprint = None
         if place.tls:
-            options["ssl"], fingerprint = trust(self._ca)
+            options["ssl"], fingerprint = trust(self._ca or place.fingerprint)
         opened = open_websocket(
             place.url,
             compression=None,

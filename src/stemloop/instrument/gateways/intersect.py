@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stemloop.core import instruction as instructions
-from stemloop.core.errors import InputError, InstrumentError, LeaseError, MissingExtra, StemloopError
+from stemloop.core.errors import InputError, InstrumentError, LeaseError, MissingExtra, NotAuthorised, StemloopError
 from stemloop.core.instruction import Blank, Diffraction, Image, Instruction, Optics, Probe, Spectrum, Stage
 from stemloop.core.protocols import Exposure
 from stemloop.core.record import content_hash
@@ -42,6 +42,7 @@ try:
         intersect_message,
         intersect_status,
     )
+    from paho.mqtt import client as mqtt
     from pydantic import BaseModel, Field
     from typing_extensions import TypeAliasType
 except ImportError as error:
@@ -371,6 +372,7 @@ def serve(
     with connect_to_server(address, token, role) as client:
         capability = Microscope(client, idle_s)
         running = service(capability, hierarchy, username, password, host, port)
+        _knock(host, port, username, password)
         try:
             running.startup()
             if not _connected(running, stop):
@@ -385,6 +387,31 @@ def serve(
                     raise InstrumentError(f"the broker at {host}:{port} is lost.")
         finally:
             running.shutdown(reason="the gateway ends")
+
+
+def _knock(host: str, port: int, username: str, password: str, patience_s: float = 10.0) -> None:
+    """Ask the broker once whether it takes us: the SDK itself would try a wrong password again for minutes."""
+    answered, said = threading.Event(), []
+
+    def hear(_client: Any, _userdata: Any, _flags: Any, reason: Any, _properties: Any) -> None:
+        said.append(reason)
+        answered.set()
+
+    client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, protocol=mqtt.MQTTv5)
+    client.username_pw_set(username, password)
+    client.on_connect = hear
+    try:
+        client.connect(host, port)
+    except OSError as error:
+        raise InstrumentError(f"no broker answers at {host}:{port} ({error.strerror or error}): start it.") from None
+    client.loop_start()
+    answered.wait(patience_s)
+    client.disconnect()
+    client.loop_stop()
+    if not said:
+        raise InstrumentError(f"what listens at {host}:{port} is no MQTT 5 broker.")
+    if said[0].is_failure:
+        raise NotAuthorised(f"the broker at {host}:{port} refuses {username!r} ({said[0]}): look at the password.")
 
 
 def _connected(running: IntersectService, stop: threading.Event, patience_s: float = 20.0) -> bool:
