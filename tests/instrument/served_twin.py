@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 from conftest import until
 
+from stemloop.instrument.audit import verify_audit
 from stemloop.instrument.server import serve
-from stemloop.instrument.spool import verify_audit
 from stemloop.simulate.twin import Twin
 
 TOKENS = {role: f"{role}-secret-0123456789" for role in ("viewer", "agent", "operator")}
@@ -35,7 +35,7 @@ class Served:
         self.folder, self.instrument = folder, instrument
 
     def audit(self):
-        return verify_audit(self.folder / "audit.jsonl")
+        return verify_audit(self.folder / "audit.jsonl").lines
 
 
 @contextmanager
