@@ -22,7 +22,7 @@ def add(verbs: Any) -> None:
     pyro.add_argument("--secret", type=Path, metavar="FILE", help="holds what notebooks must give; made if missing")
     pyro.add_argument("--cert", type=Path, metavar="FILE", help="certificate of mutual TLS (PEM)")
     pyro.add_argument("--key", type=Path, metavar="FILE", help="its key (PEM)")
-    pyro.add_argument("--ca", type=Path, metavar="FILE", help="authority of the notebooks' certificates (PEM)")
+    pyro.add_argument("--client-ca", type=Path, metavar="FILE", help="authority of the notebooks' certificates (PEM)")
     pyro.add_argument("--idle", type=float, default=60.0, metavar="S", help="seconds until a silent notebook is let go")
     pyro.set_defaults(do=_pyro)
 
@@ -38,7 +38,8 @@ def add(verbs: Any) -> None:
 
 
 def _server(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("address", metavar="ADDRESS", help="the instrument's server: its directory or host:port")
+    parser.add_argument("address", metavar="ADDRESS", help="the instrument's server: its folder or wss://host:port")
+    parser.add_argument("--server-ca", metavar="FILE", help="the server's certificate, or its SHA-256")
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="holds the server's token for this gateway")
     parser.add_argument("--role", default="agent", help="role to drive in (default agent)")
 
@@ -51,14 +52,14 @@ def _pyro(words: argparse.Namespace) -> int:
     from stemloop.core.errors import InputError
     from stemloop.instrument.gateways import pyro
 
-    given = [words.cert, words.key, words.ca]
+    given = [words.cert, words.key, words.client_ca]
     if any(given) and not all(given):
-        raise InputError("mutual TLS takes all three of --cert, --key and --ca.")
+        raise InputError("mutual TLS takes all three of --cert, --key and --client-ca.")
     tls = pyro.Tls(*given) if all(given) else None
     path = words.secret
     if path is None and tls is None:
         if not Path(words.address).is_dir():
-            raise InputError("name the secret's file with --secret, or use mutual TLS (--cert, --key, --ca).")
+            raise InputError("name the secret's file with --secret, or use mutual TLS (--cert, --key, --client-ca).")
         path = Path(words.address) / "pyro-secret"
 
     def ready(uri: str) -> None:
@@ -69,6 +70,7 @@ def _pyro(words: argparse.Namespace) -> int:
         words.address,
         _token(words),
         role=words.role,
+        ca=words.server_ca,
         host=words.host,
         port=words.port,
         secret=secret,
@@ -99,6 +101,7 @@ def _intersect(words: argparse.Namespace) -> int:
         words.password_file.read_text(encoding="utf-8").strip(),
         token=_token(words),
         role=words.role,
+        ca=words.server_ca,
         host=host,
         port=int(port),
         idle_s=words.idle,

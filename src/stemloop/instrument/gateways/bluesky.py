@@ -196,6 +196,7 @@ class Bench:
         keys: dict[str, dict[str, Any]] = {
             f"{name}_sum": {"source": source, "dtype": "number", "shape": [], "units": "counts"},
             f"{name}_electrons": {"source": source, "dtype": "number", "shape": [], "units": "electrons"},
+            f"{name}_epoch": {"source": source, "dtype": "integer", "shape": []},
             f"{name}_sha256": {"source": source, "dtype": "string", "shape": []},
             f"{name}_command": {"source": source, "dtype": "string", "shape": []},
         }
@@ -205,11 +206,14 @@ class Bench:
                 keys[name]["dtype_numpy"] = array.dtype.str
         return keys
 
-    def reading(self, name: str, frame: NDArray[Any], electrons: float, command_id: str, when: float) -> dict[str, Any]:
-        """The reading of one frame."""
+    def reading(
+        self, name: str, frame: NDArray[Any], exposure: Exposure, command_id: str, when: float
+    ) -> dict[str, Any]:
+        """The reading of one frame; its epoch grows with each command, so that an old frame shows."""
         values: dict[str, Any] = {
             f"{name}_sum": float(frame.sum(dtype=np.float64)),
-            f"{name}_electrons": float(electrons),
+            f"{name}_electrons": float(exposure.electrons),
+            f"{name}_epoch": exposure.epoch,
             f"{name}_sha256": content_hash(frame),
             f"{name}_command": command_id,
         }
@@ -357,7 +361,7 @@ class Detector(_Device):
     def _take(self, exposure: Exposure, command_id: str) -> None:
         assert exposure.frames is not None
         self._last = exposure.frames[0]
-        self._reading = self._bench.reading(self.name, self._last, exposure.electrons, command_id, time.time())
+        self._reading = self._bench.reading(self.name, self._last, exposure, command_id, time.time())
 
     def read(self) -> dict[str, Any]:
         if self._reading is None:
@@ -421,7 +425,7 @@ class Flyer(_Device):
         if flight.exposure is None or flight.exposure.frames is None:
             return
         for place, frame in zip(flight.places, flight.exposure.frames, strict=True):
-            reading = self._bench.reading(self.name, frame, flight.exposure.electrons, flight.command_id, flight.when)
+            reading = self._bench.reading(self.name, frame, flight.exposure, flight.command_id, flight.when)
             for axis, value in zip(("y", "x"), place, strict=True):
                 reading[f"{self.name}_{axis}"] = {"value": float(value), "timestamp": flight.when}
             yield {

@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -128,6 +129,9 @@ class Frames(BaseModel):
     shape: list[int] = []
     sha256: str = ""
     electrons: float = 0.0
+    epoch: int = 0
+    began_s: float = 0.0
+    ended_s: float = 0.0
     calibration: dict[str, Json] = {}
     state: dict[str, Json] = {}
 
@@ -358,6 +362,7 @@ def serve(
     *,
     token: str | None = None,
     role: str = "agent",
+    ca: str | Path | None = None,
     host: str = "127.0.0.1",
     port: int = 1883,
     idle_s: float = 60.0,
@@ -369,7 +374,7 @@ def serve(
     ``ready`` is called when the broker has taken the service; a request that comes before it is lost.
     """
     stop = until or threading.Event()
-    with connect_to_server(address, token, role) as client:
+    with connect_to_server(address, token, role, ca=ca) as client:
         capability = Microscope(client, idle_s)
         running = service(capability, hierarchy, username, password, host, port)
         _knock(host, port, username, password)

@@ -294,6 +294,7 @@ def serve(
     token: str | None = None,
     *,
     role: str = "agent",
+    ca: str | Path | None = None,
     host: str = "127.0.0.1",
     port: int = 0,
     secret: str | None = None,
@@ -306,7 +307,7 @@ def serve(
 
     Parameters
     ----------
-    address, token, role
+    address, token, role, ca
         Of the instrument's server, as in :func:`stemloop.instrument.client.connect`.
     host, port : str, int
         Where to listen; port 0 is a free one. Addresses that are not loopback need ``tls``.
@@ -330,7 +331,7 @@ def serve(
         raise InputError(f"the secret must have at least {MIN_SECRET} characters.")
     if tls is None and not _loopback(host):
         raise InputError(f"{host!r} is not loopback: give the files of mutual TLS, or use host='127.0.0.1'.")
-    client = connect_to_server(address, token, role)
+    client = connect_to_server(address, token, role, ca=ca)
     try:
         desk = _Desk(client, idle_s)
         try:

@@ -289,7 +289,8 @@ class Vocabulary:
 
     @staticmethod
     def _answer(found: Exposure, array: NDArray[Any]) -> dict[str, Any]:
-        return as_message(array, electrons=found.electrons, calibration=found.calibration, state=found.state)
+        more = {"electrons": found.electrons, "calibration": found.calibration, "state": found.state}
+        return as_message(array, epoch=found.epoch, began_s=found.began_s, ended_s=found.ended_s, **more)
 
     # ---------------------------------------------------------------------------------------------------- Nion Swift
 
