@@ -396,14 +396,18 @@ class Limits:
         rotation_rad = rotation_rad if asked.rotation_rad is None else asked.rotation_rad
         wanted = {"field_height_m": extent[0], "field_width_m": extent[1], "field_rotation_rad": rotation_rad}
         corners = absolute(np.array(extent) * [[0, 0], [0, 1], [1, 0], [1, 1]], wanted, info.field_m)
-        self._check_inside(corners, self.field_m, "a corner of the field of view")
+        self._check_inside(corners, self._usable_m(info), "a corner of the field of view")
 
     def _check_positions(self, positions: ArrayLike, info: InstrumentInfo, state: State) -> None:
         places = np.asarray(positions, np.float64).reshape(-1, 2)
         extent, rotation_rad = chosen(state, info.field_m)
         if extent != tuple(info.field_m) or rotation_rad != 0:
             self._check_inside(places, extent, "position")
-        self._check_inside(absolute(places, state, info.field_m), self.field_m, "position")
+        self._check_inside(absolute(places, state, info.field_m), self._usable_m(info), "position")
+
+    def _usable_m(self, info: InstrumentInfo) -> tuple[float, float]:
+        """(height, width) [m] of the field that the limits and the instrument both have."""
+        return min(self.field_m[0], info.field_m[0]), min(self.field_m[1], info.field_m[1])
 
     @staticmethod
     def _check_inside(places: Any, field_m: tuple[float, float], what: str) -> None:
