@@ -22,7 +22,7 @@ from bluesky.utils import FailedStatus, Msg, RunEngineInterrupted, ensure_genera
 
 from stemloop.instrument.gateways.bluesky import Bench
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture(scope="module")

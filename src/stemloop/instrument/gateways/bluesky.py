@@ -61,11 +61,11 @@ class Deed:
 
 @dataclass
 class _Said:
-    """A trigger message that was carried out: ``message`` itself (a replay says the same object again)."""
+    """A trigger message (a replay says the same object again) and the command that it became."""
 
     message: Any
-    command_id: str
-    settings: dict[str, Any]
+    command_id: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
     asked: Instruction | None = None
 
 
@@ -153,26 +153,31 @@ class Bench:
                 self._checkpoints = [place - gone for place in self._checkpoints]
         if message.command not in ("trigger", "kickoff") or message.obj not in self.devices.values():
             return
-        settings = self.settings()
         for said in self._said:
-            if said.message is message and said.settings == settings:
+            if said.message is message:
                 self._current = said
                 return
-        self._count += 1
-        command_id = f"bluesky:{self.run}:{message.obj.name}:{self._count}"
-        self._current = _Said(message, command_id, settings)
+        self._current = _Said(message)
         self._said.append(self._current)
 
     def settings(self) -> dict[str, Any]:
         """What a frame depends on besides the probe's position: optics, stage and field, from the state vector."""
         return {name: value for name, value in self.scope.state().items() if name.startswith(_SETTINGS)}
 
-    def command_id(self, name: str, asked: Instruction) -> str:
-        """The id of the trigger that is being carried out; a new one where nobody said which it is."""
+    def claim(self) -> Any:
+        """Which message the trigger that is being carried out came with; None where nobody heard it."""
         said, self._current = self._current, None
-        if said is None or (said.asked is not None and said.asked != asked):
+        return said
+
+    def command_id(self, said: _Said | None, name: str, asked: Instruction) -> str:
+        """The id under which to ask: that of the first time, if the same is asked under the same settings."""
+        if said is None:
             return f"bluesky:{name}:{uuid.uuid4().hex}"
-        said.asked = asked
+        settings = self.settings()
+        if (said.asked, said.settings) != (asked, settings):
+            self._count += 1
+            said.command_id = f"bluesky:{self.run}:{name}:{self._count}"
+            said.asked, said.settings = asked, settings
         return said.command_id
 
     # ------------------------------------------------------------------------------------------------- helpers
@@ -352,11 +357,15 @@ class Detector(_Device):
 
     def trigger(self) -> Deed:
         """Expose once; a trigger that is said again after a pause is answered without exposing."""
+        said = self._bench.claim()
+        return self._bench.start(lambda: self._expose(said))
+
+    def _expose(self, said: _Said | None) -> None:
         asked = self.settings
         if not isinstance(asked, Image):
             asked = replace(asked, positions_m=(self._bench.parked_m(),))
-        command_id = self._bench.command_id(self.name, asked)
-        return self._bench.start(lambda: self._take(self._bench.scope.execute(asked, command_id), command_id))
+        command_id = self._bench.command_id(said, self.name, asked)
+        self._take(self._bench.scope.execute(asked, command_id), command_id)
 
     def _take(self, exposure: Exposure, command_id: str) -> None:
         assert exposure.frames is not None
@@ -396,9 +405,10 @@ class Flyer(_Device):
     def kickoff(self) -> Deed:
         """Begin; done at once, :meth:`complete` waits for the frames."""
         asked = Diffraction(self.raster, self.dwell_s)
-        command_id, places = self._bench.command_id(self.name, asked), self.raster.array()
+        said, places = self._bench.claim(), self.raster.array()
 
         def fly() -> None:
+            command_id = self._bench.command_id(said, self.name, asked)
             found = self._bench.scope.execute(asked, command_id)
             self._flight = _Flight(found, command_id, places, time.time())
 
