@@ -1,7 +1,7 @@
 """What the guard costs: a guarded command's round trip beside an unguarded echo on the same kind of socket.
 
 All servers run in child processes on loopback and are asked in turns, a block each, so that they share the machine's
-moods. Run ``python benchmarks/control.py``; JSON goes to the standard output and to ``benchmarks/results/control.json``.
+moods. Run ``python benchmarks/control.py``; JSON goes to standard output and to ``benchmarks/results/control.json``.
 
 ``echo`` is the same uvicorn with the same WebSocket settings and the same client code, without any check; it answers
 in the event loop. ``echo_thread`` answers from a second thread, as whoever keeps an instrument in a thread of its own
@@ -10,11 +10,12 @@ with its default serializer and with msgpack, one thread, no check at all.
 
 ``exposure`` is a CBED pattern of 128 x 128 uint16: it adds the dose reservation, the hash of the frames and three
 fdatasync calls (intent, result, audit line), whose own time on this disk is ``fdatasync_three``. ``takeover`` is the
-time from an operator's takeover, sent while a program's long exposure runs, to the refusal of the program's next command.
+time from an operator's takeover, sent while a program's long exposure runs, to the refusal of its next command.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import multiprocessing
 import os
@@ -98,8 +99,12 @@ def unguarded(port: int) -> None:
         try:
             while True:
                 message = wire.decode((await connection.receive())["bytes"])
-                thread = message["op"] == "thread"
-                await connection.send_bytes(await hand.call(answer, message) if thread else answer(message))
+                if message["op"] != "thread":
+                    await connection.send_bytes(answer(message))
+                    continue
+                loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+                hand.post(lambda m=message, d=done: loop.call_soon_threadsafe(d.set_result, answer(m)))
+                await connection.send_bytes(await done)
         except (WebSocketDisconnect, KeyError):
             pass
 
