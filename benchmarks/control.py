@@ -103,7 +103,7 @@ def unguarded(port: int) -> None:
                     await connection.send_bytes(answer(message))
                     continue
                 loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
-                hand.post(lambda m=message, d=done: loop.call_soon_threadsafe(d.set_result, answer(m)))
+                hand.post(lambda m=message, d=done, loop=loop: loop.call_soon_threadsafe(d.set_result, answer(m)))
                 await connection.send_bytes(await done)
         except (WebSocketDisconnect, KeyError):
             pass
