@@ -1,9 +1,9 @@
 """The journal of a run: what was decided, asked, exposed and found, in order. It is the truth of the run.
 
-One line a record: eight hexadecimal digits (CRC32C of the rest), a space, and a JSON object with at least ``kind`` and
-``key``. A line is on the disk (fdatasync) before :meth:`Journal.append` returns. A run resumes by reading its journal:
-what stands there is not done again. A last line that was torn by a crash is cut off; any other damage is an
-:class:`~stemloop.core.errors.IntegrityError`.
+One line a record: eight hexadecimal digits (CRC32C of the rest), a space, and a JSON object with at least ``kind``,
+``key`` and ``at_s`` (when it was written [s since 1970]). A line is on the disk (fdatasync) before
+:meth:`Journal.append` returns. A run resumes by reading its journal: what stands there is not done again. A last line
+that was torn by a crash is cut off; any other damage is an :class:`~stemloop.core.errors.IntegrityError`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ class Journal:
         """Make a new record durable and return it. A full disk is a :class:`StorageError` and leaves no torn line."""
         if self._file < 0:
             raise StorageError(f"the journal {self.path} is not open for writing.")
-        record = {"kind": kind, "key": key, **content}
+        record = {"kind": kind, "key": key, "at_s": time.time(), **content}
         line = _line(record)
         try:
             if os.write(self._file, line) != len(line):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from stemloop import __version__
-from stemloop.campaign import report
+from stemloop.campaign import documents, report
 from stemloop.campaign.journal import Journal
 from stemloop.campaign.loop import Experiment, Step
 from stemloop.campaign.memory import peak_memory_MB
@@ -141,6 +141,7 @@ class Run:
         self.summary["seconds"] = round(time.monotonic() - self._started, 3)
         self.summary["seconds_per_stage"] = {k: round(v, 3) for k, v in self.watch.seconds.items()}
         self.summary["peak_memory_MB"] = round(peak_memory_MB(self.site.host_pid))
+        documents.write(self.directory)
         write_json(self.directory / "summary.json", self.summary)
         self.report = report.write_report(self.directory, self.summary, maps)
 

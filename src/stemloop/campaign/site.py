@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stemloop import __version__
 from stemloop.campaign.journal import Journal
 from stemloop.campaign.settings import Settings
 from stemloop.campaign.stopwatch import Stopwatch
@@ -60,16 +61,25 @@ STOP_LIMIT_S = 20.0
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees all of it or the old file: temporary file, fsync, rename."""
+    """Write JSON so that a reader sees all of it or the old file."""
+    write_whole(path, json.dumps(content, indent=1))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text so that a reader sees all of it or the old file: temporary file, fsync, rename."""
     temporary = path.with_name(path.name + ".new")
     try:
-        with open(temporary, "w") as file:
-            json.dump(content, file, indent=1)
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+def _new_run() -> dict[str, str]:
+    return {"id": os.urandom(8).hex(), "version": __version__}
 
 
 def _claim(directory: Path) -> DirectoryLock:
@@ -95,7 +105,7 @@ class Site:
             opened.callback(lock.close)
             self.journal = Journal(self.directory / "journal.jsonl")
             opened.callback(self.journal.close)
-            self.run_id = self.journal.once("run", "id", lambda: {"id": os.urandom(8).hex()})["id"]
+            self.run_id = self.journal.once("run", "id", _new_run)["id"]
             self.log = LandingLog(self.directory / "frames.log", run=self.run_id)
             opened.callback(self.log.close)
             self.receiver = self._receive()
@@ -263,7 +273,9 @@ class Site:
             return None, self.journal.append("exposure", command_id, electrons=charged, lost=True)
         with watch("land"):
             frames = self._frames(exposure.calibration)
-        return frames, self.journal.append("exposure", command_id, lost=False, **self._exposed(instruction, exposure))
+        shaped = {"shape": list(frames.shape[1:]), "dtype": frames.dtype.str}
+        exposed = self._exposed(instruction, exposure)
+        return frames, self.journal.append("exposure", command_id, lost=False, frames=shaped, **exposed)
 
     def _charged(self) -> float:
         """What the instrument's ledger charged for an exposure that was lost: all that no other exposure explains."""

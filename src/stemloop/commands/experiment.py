@@ -52,6 +52,11 @@ def add(verbs: Any) -> None:
     verify.add_argument("directory", type=Path, metavar="DIR")
     verify.set_defaults(do=_verify)
 
+    documents = verbs.add_parser("documents", help="a run as event-model documents, for Bluesky's tools")
+    documents.add_argument("directory", type=Path, metavar="DIR")
+    documents.add_argument("--follow", action="store_true", help="print them as the run goes on; write no file")
+    documents.set_defaults(do=_documents)
+
 
 def _settings(words: argparse.Namespace) -> Settings:
     from stemloop.campaign.settings import Settings
@@ -99,3 +104,15 @@ def _verify(words: argparse.Namespace) -> int:
     from stemloop.campaign import run, terminal
 
     return terminal.print_verdict(run.verify(words.directory))
+
+
+def _documents(words: argparse.Namespace) -> int:
+    from stemloop.campaign import documents
+
+    if words.follow:
+        for name, doc in documents.follow(words.directory):
+            print(documents.line(name, doc), flush=True)
+        return 0
+    count = documents.write(words.directory)
+    print(f"{words.directory / documents.FILE}: " + ", ".join(f"{n} {name}" for name, n in count.items()))
+    return 0
