@@ -1,0 +1,1 @@
+"""Nion Swift as an instrument, and any instrument as a device in Nion Swift. Needs the extra ``nion``."""
