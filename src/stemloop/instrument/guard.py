@@ -164,7 +164,7 @@ class Guard:
         return self._reply(command, exposure)
 
     def _repeat(self, command: Command, asked: Instruction, first: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-        if first["instruction"] != wire.instruction_to_message(asked):
+        if wire.instruction_from_message(first["instruction"]) != asked:
             raise InputError(
                 f"the command id {command.command_id!r} was used for another instruction "
                 f"({first['instruction'].get('kind')}): give each instruction its own id."
