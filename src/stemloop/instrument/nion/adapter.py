@@ -166,7 +166,16 @@ class NionInstrument:
 
     def execute(self, instruction: Instruction, key: str) -> Exposure:
         """Carry out one instruction. ``key`` reaches simulated devices, which seed their noise with it."""
-        self._aborted.clear()
+        try:
+            return self._execute(instruction, key)
+        except Aborted:
+            if "blanked" in self._controls:
+                self._change({"blanked": 1.0})
+            raise
+        finally:
+            self._aborted.clear()
+
+    def _execute(self, instruction: Instruction, key: str) -> Exposure:
         if self._inside is not None:
             self._inside.announce(key)
         if instruction.exposes and self._get(self._controls.get("blanked", "")):
@@ -195,7 +204,7 @@ class NionInstrument:
         return Exposure(None, 0.0, self.state())
 
     def abort(self) -> None:
-        """End the running command as soon as the hardware can; called from another thread."""
+        """End the running exposure, or the next one, as soon as the hardware can; called from another thread."""
         self._aborted.set()
         for camera in (self._hardware.camera, self._hardware.eels):
             if camera is not None:
@@ -355,26 +364,29 @@ class NionInstrument:
         self._quiet()
         parameters, total = self._frame_parameters(asked), asked.exposed_positions
         frames: NDArray[Any] | None = None
-        began_s = 0.0
+        started_s = time.time()
         for index, position in enumerate(asked.positions_m):
             if self._aborted.is_set():
-                raise Aborted(f"the command was aborted after {index} of {total} positions.")
+                raise Aborted(f"the command was aborted after {index} of {total} positions.", index)
             commanded_s = time.time()
             self._park(position)
             if self._setup.settle_s:
                 time.sleep(self._setup.settle_s)
             frame = self._one(source, parameters, commanded_s)
-            if frames is None:
-                began_s, frames = commanded_s, np.empty((total, *frame.shape), frame.dtype)
-            frames[index] = frame
             self._account(asked.dwell_s, 1)
+            if frame is None:
+                raise Aborted(f"the command was aborted at position {index + 1} of {total}.", index + 1)
+            if frames is None:
+                frames = np.empty((total, *frame.shape), frame.dtype)
+            frames[index] = frame
             if self.progress is not None:
                 self.progress(index + 1, total)
         assert frames is not None
-        return self._exposed_frames(asked, frames, began_s, self._points_calibration(asked))
+        return self._exposed_frames(asked, frames, started_s, self._points_calibration(asked))
 
-    def _one(self, source: Any, parameters: Any, commanded_s: float) -> NDArray[Any]:
-        """One frame of a camera that was begun now."""
+    def _one(self, source: Any, parameters: Any, commanded_s: float) -> NDArray[Any] | None:
+        """One frame of a camera that was begun now, or None if it was cancelled: Nion's device kit then answers with
+        the frame before and calls it complete."""
         source.acquire_sequence_prepare(1)
         data = source.acquire_sequence_begin(parameters, 1)
         try:
@@ -383,8 +395,8 @@ class NionInstrument:
         finally:
             source.acquire_sequence_end()
         self._raise_failure()
-        if data.is_canceled:
-            raise Aborted("the exposure was cancelled.")
+        if data.is_canceled or self._aborted.is_set():
+            return None
         frame = data.xdata
         began = frame.timestamp.replace(tzinfo=datetime.UTC).timestamp()
         if began < commanded_s - self._setup.slack_s - 1e-6:  # Nion's times are whole microseconds
@@ -413,10 +425,13 @@ class NionInstrument:
         parameters.subscan_rotation = part.rotation_rad
         parameters.pixel_time_us = asked.dwell_s * S_TO_US
         parameters.enabled_channel_indexes = [self._channels[asked.detector]]
+        if self._aborted.is_set():
+            raise Aborted("the image was aborted before its first pixel.", 0)
         began_s = time.time()
         recorded = [frame for frame in scan.record_immediate(parameters) if frame is not None]
         self._raise_failure()
         if self._aborted.is_set():
+            self._account(asked.dwell_s, asked.exposed_positions)
             raise Aborted(f"the image was aborted; at most {asked.exposed_positions} positions were exposed.")
         frame = self._fresh(recorded, parameters, asked)
         self._account(asked.dwell_s, asked.exposed_positions)
