@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import time
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from stemloop.campaign.score import TruthFile, score
 from stemloop.campaign.settings import Settings
 from stemloop.campaign.site import Site, write_json
 from stemloop.campaign.stopwatch import Stopwatch
-from stemloop.core.errors import InputError, IntegrityError, MissingExtra, StorageError, UnreadableFile
+from stemloop.core.errors import InputError, IntegrityError, StorageError, UnreadableFile
 from stemloop.core.record import content_hash
 from stemloop.decide.acquire import ACQUISITIONS
 from stemloop.energetics.calculators import CALCULATORS
@@ -58,10 +58,8 @@ def _check(settings: Settings) -> None:
         SPECIMENS[str(settings.specimen)]
     elif settings.instrument != "nion:usim" and (kind != "replay" or not path):
         raise InputError(f"unknown instrument {settings.instrument!r}; known: {KINDS}.")
-    if kind == "nion" and importlib.util.find_spec("nion") is None:
-        raise MissingExtra(
-            "the instrument nion needs Nion's packages: install them with: pip install stemloop[nion]"
-        )
+    if kind == "nion":
+        importlib.import_module("stemloop.instrument.nion")  # says so in a line if the extra is missing
     if settings.acquisition is not None:
         ACQUISITIONS[settings.acquisition]
     if settings.calculator is not None:

@@ -34,7 +34,9 @@ def add(verbs: Any) -> None:
 
     run = verbs.add_parser("run", help="run a recipe on an instrument")
     run.add_argument("recipe", help="strain-energy, defect-energy or eels-map")
-    run.add_argument("--instrument", default="twin", metavar="KIND", help="twin (default), nion:twin, nion:usim or replay:FILE")
+    run.add_argument(
+        "--instrument", default="twin", metavar="KIND", help="twin (default), nion:twin, nion:usim or replay:FILE"
+    )
     run.add_argument("--specimen", default="MoS2", help="of the twin (default MoS2)")
     run.add_argument("--scalarizer", metavar="NAME", help="of spectra: Ti-L23 (default), O-K, thickness")
     _budgets(run)

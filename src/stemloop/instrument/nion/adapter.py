@@ -39,7 +39,7 @@ from stemloop.core.instruction import (
 from stemloop.core.protocols import Camera, Exposure, InstrumentInfo
 from stemloop.core.units import electrons
 from stemloop.instrument.nion.device import Inside
-from stemloop.instrument.nion.geometry import S_TO_MS, S_TO_US, M_TO_NM, View
+from stemloop.instrument.nion.geometry import M_TO_NM, S_TO_MS, S_TO_US, View
 from stemloop.instrument.nion.host import Hardware, stop_playing
 
 #: Entries of the state vector and the Nion controls behind them; a pair (a, b) is two entries.
@@ -293,7 +293,9 @@ class NionInstrument:
     def _set(self, entry: str, value: float) -> None:
         control = self._controls[entry]
         if not self._hardware.stem.SetValAndConfirm(control, value, 1.0, int(self._setup.confirm_s * S_TO_MS)):
-            raise InstrumentError(f"the microscope did not confirm {control} = {value:g} within {self._setup.confirm_s} s.")
+            raise InstrumentError(
+                f"the microscope did not confirm {control} = {value:g} within {self._setup.confirm_s} s."
+            )
         got = self._get(control)
         if got is None or not math.isclose(got, value, rel_tol=self._setup.tolerance, abs_tol=1e-15):
             raise InstrumentError(f"the control {control} was set to {value:g} and reads {got}.")
@@ -309,7 +311,9 @@ class NionInstrument:
         scan.set_current_frame_parameters(parameters)
         context = self._hardware.stem.scan_context
         if not math.isclose(context.fov_nm, parameters.fov_nm, rel_tol=1e-9):
-            raise InstrumentError(f"the scan's field was set to {parameters.fov_nm:g} nm and reads {context.fov_nm:g} nm.")
+            raise InstrumentError(
+                f"the scan's field was set to {parameters.fov_nm:g} nm and reads {context.fov_nm:g} nm."
+            )
         self._view = view
 
     def _change_view(self, asked: Field) -> None:
@@ -452,7 +456,13 @@ class NionInstrument:
         xdata = recorded[0]
         scan = xdata.metadata["scan"]
         got, number = scan["scan_device_parameters"], str(scan["scan_id"])
-        names = ("fov_nm", "subscan_pixel_size", "subscan_fractional_center", "subscan_fractional_size", "pixel_time_us")
+        names = (
+            "fov_nm",
+            "subscan_pixel_size",
+            "subscan_fractional_center",
+            "subscan_fractional_size",
+            "pixel_time_us",
+        )
         other = [name for name in names if not np.allclose(got[name], parameters.as_dict()[name], rtol=1e-9, atol=0)]
         if number == self._last_scan or other or xdata.data_shape != tuple(asked.shape):
             what = ", ".join(other) or ("shape" if number != self._last_scan else "scan_id")
@@ -486,7 +496,7 @@ class NionInstrument:
         self, asked: Image | Diffraction | Spectrum, frames: NDArray[Any], began_s: float, calibration: dict[str, Any]
     ) -> Exposure:
         state = self.state()
-        common = {name: state[name] for name in ("energy_eV", "semiangle_rad") if name in state}
+        common: dict[str, Any] = {name: state[name] for name in ("energy_eV", "semiangle_rad") if name in state}
         if self._setup.counts:
             wide = np.rint(frames)
             frames = wide.astype(np.uint16 if wide.max(initial=0) < 2**16 else np.uint32)

@@ -7,10 +7,9 @@ the field, in nanometres; positions of the probe are fractions of the scan's fie
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,16 +18,15 @@ from nion.device_kit import CameraDevice, InstrumentDevice, ScanDevice
 from nion.instrumentation import scan_base
 from nion.usim_device.InstrumentDevice import AxisManager
 from nion.usim_device.ScanDevice import ScanBoxSimulator
-from nion.utils import Event, Geometry, Registry
+from nion.utils import Geometry, Registry
 from numpy.typing import NDArray
 
-from stemloop.core.errors import InstrumentError, StemloopError
 from stemloop.core.instruction import Blank, Diffraction, Image, Instruction, Optics, Spectrum, Stage
 from stemloop.core.protocols import Exposure, Instrument
+from stemloop.instrument.nion.geometry import M_TO_NM, S_TO_US, turned
 from stemloop.instrument.nion.host import Ids
 
 TWIN = Ids("stemloop_controller", "stemloop_scan", "stemloop_camera")
-_M_TO_NM = 1e9
 
 
 class Inside:
@@ -112,15 +110,17 @@ def _module(ids: Ids, camera: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------- controls
 
 
-def _optics(name: str) -> Callable[[float], Instruction]:
-    return lambda value: Optics(**{name: value})
+def _sets(asked: Optics | Stage, name: str) -> Callable[[float], Instruction]:
+    """The instruction like ``asked`` that sets ``name`` to a value."""
+
+    def with_value(value: float) -> Instruction:
+        changed: dict[str, Any] = {name: value}
+        return replace(asked, **changed)
+
+    return with_value
 
 
-def _stage(name: str) -> Callable[[float], Instruction]:
-    return lambda value: Stage(**{name: value})
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class _Control:
     """Where the value of a Nion control stands in the state inside, and the instruction that sets it."""
 
@@ -129,15 +129,15 @@ class _Control:
 
 
 _CONTROLS = {
-    "C10": _Control("C10_m", _optics("C10_m")),
-    "ConvergenceAngle": _Control("semiangle_rad", _optics("semiangle_rad")),
-    "BeamCurrent": _Control("current_A", _optics("current_A")),
+    "C10": _Control("C10_m", _sets(Optics(), "C10_m")),
+    "ConvergenceAngle": _Control("semiangle_rad", _sets(Optics(), "semiangle_rad")),
+    "BeamCurrent": _Control("current_A", _sets(Optics(), "current_A")),
     "C_Blank": _Control("blanked", lambda value: Blank(value != 0.0)),
-    "stage_position_m.x": _Control("stage_x_m", _stage("x_m")),
-    "stage_position_m.y": _Control("stage_y_m", _stage("y_m")),
-    "stage_height_m": _Control("stage_z_m", _stage("z_m")),
-    "stage_tilt_rad.a": _Control("stage_alpha_rad", _stage("alpha_rad")),
-    "stage_tilt_rad.b": _Control("stage_beta_rad", _stage("beta_rad")),
+    "stage_position_m.x": _Control("stage_x_m", _sets(Stage(), "x_m")),
+    "stage_position_m.y": _Control("stage_y_m", _sets(Stage(), "y_m")),
+    "stage_height_m": _Control("stage_z_m", _sets(Stage(), "z_m")),
+    "stage_tilt_rad.a": _Control("stage_alpha_rad", _sets(Stage(), "alpha_rad")),
+    "stage_tilt_rad.b": _Control("stage_beta_rad", _sets(Stage(), "beta_rad")),
 }
 
 
@@ -254,7 +254,9 @@ class _Source:
     def _shape(self) -> tuple[int, int]:
         raise NotImplementedError
 
-    def get_frame_data(self, readout_area: Any, binning_shape: Any, exposure_s: float, scan_context: Any, probe: Any) -> Any:
+    def get_frame_data(
+        self, readout_area: Any, binning_shape: Any, exposure_s: float, scan_context: Any, probe: Any
+    ) -> Any:
         asked = self._ask(self._position(scan_context, probe), exposure_s)
         frames = self._inside.expose(asked)
         frame = np.zeros(self._shape(), np.float32) if frames is None else frames.reshape(self._shape())
@@ -272,11 +274,9 @@ class _Source:
         else:
             probe = parked or Geometry.FloatPoint(0.5, 0.5)
         side_nm = context.fov_size_nm or Geometry.FloatSize(0.0, 0.0)
-        away = (probe - Geometry.FloatPoint(0.5, 0.5)).rotate(context.rotation_rad or 0.0)
         centre = context.center_nm or Geometry.FloatPoint()
-        return in_field(
-            (away.y * side_nm.height + centre.y, away.x * side_nm.width + centre.x), self._inside.info.field_m
-        )
+        away = turned(((probe.y - 0.5) * side_nm.height, (probe.x - 0.5) * side_nm.width), context.rotation_rad or 0.0)
+        return in_field((centre.y + away[0], centre.x + away[1]), self._inside.info.field_m)
 
 
 class _PatternSource(_Source):
@@ -314,7 +314,7 @@ def in_field(centred_nm: tuple[float, float], field_m: tuple[float, float]) -> t
     >>> in_field((-5.0, 0.0), (10e-9, 20e-9))
     (0.0, 1e-08)
     """
-    y, x = (value / _M_TO_NM + size / 2 for value, size in zip(centred_nm, field_m, strict=True))
+    y, x = (value / M_TO_NM + size / 2 for value, size in zip(centred_nm, field_m, strict=True))
     return y, x
 
 
@@ -342,14 +342,17 @@ def image_of(parameters: Any, detector: str, field_m: tuple[float, float]) -> Im
     whole = [n * parameters.fov_nm / longest for n in parameters.pixel_size]
     share = parameters.subscan_fractional_size or Geometry.FloatSize(1.0, 1.0)
     middle = parameters.subscan_fractional_center or Geometry.FloatPoint(0.5, 0.5)
-    extent = [size * part for size, part in zip(whole, share, strict=True)]
-    centre = [
-        origin + (part - 0.5) * size
-        for origin, part, size in zip(parameters.center_nm, middle, whole, strict=True)
-    ]
-    corner = in_field((centre[0] - extent[0] / 2, centre[1] - extent[1] / 2), field_m)
-    extent_m = (extent[0] / _M_TO_NM, extent[1] / _M_TO_NM)
-    return Image(corner, extent_m, (int(shape[0]), int(shape[1])), parameters.pixel_time_us * 1e-6, detector)
+    extent_m = (whole[0] * share.height / M_TO_NM, whole[1] * share.width / M_TO_NM)
+    away = turned(((middle.y - 0.5) * whole[0], (middle.x - 0.5) * whole[1]), parameters.rotation_rad)
+    centre = in_field((parameters.center_nm.y + away[0], parameters.center_nm.x + away[1]), field_m)
+    return Image(
+        (centre[0] - extent_m[0] / 2, centre[1] - extent_m[1] / 2),
+        extent_m,
+        (int(shape[0]), int(shape[1])),
+        parameters.pixel_time_us / S_TO_US,
+        detector,
+        parameters.rotation_rad - (parameters.subscan_rotation or 0.0),
+    )
 
 
 class _ScanModule(scan_base.ScanModule):
@@ -357,7 +360,7 @@ class _ScanModule(scan_base.ScanModule):
         self.stem_controller_id = stem.instrument_id
         self.device = _ScanDevice(device_id, inside, stem)
         self.priority = 20
-        side_nm = max(inside.info.field_m) * _M_TO_NM
+        side_nm = max(inside.info.field_m) * M_TO_NM
         usual = ScanDevice.ScanFrameParameters(pixel_size=(256, 256), pixel_time_us=1, fov_nm=side_nm)
         modes = [scan_base.ScanSettingsMode(name, name.lower(), usual) for name in ("Fast", "Slow", "Record")]
         self.settings = scan_base.ScanSettings(device_id, modes, ScanDevice.ScanFrameParameters, 0, 2)

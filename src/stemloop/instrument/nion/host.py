@@ -7,24 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from stemloop.core.errors import InputError, InstrumentError, MissingExtra
+from nion.instrumentation import DriftTracker, HardwareSource, camera_base, scan_base, stem_controller
+from nion.utils import Registry
 
-try:
-    from nion.instrumentation import DriftTracker, HardwareSource, camera_base, scan_base, stem_controller
-    from nion.utils import Registry
-except ImportError:
-    raise MissingExtra("the instrument nion needs Nion's packages: install them with: pip install stemloop[nion]") from None
+from stemloop.core.errors import InputError, InstrumentError
 
-_log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 #: A synchronized scan waits this long [s] for the next pixel. Nion's own 20 s is too short for a slow camera.
 SYNCHRONIZED_SCAN_TIMEOUT_S = 300.0
@@ -99,27 +96,37 @@ class Stack:
         if Stack._running is not None:
             raise InstrumentError("a Nion stack runs in this process already; one process holds one instrument.")
         scan_base.SYNCHRONIZED_SCAN_TIMEOUT = SYNCHRONIZED_SCAN_TIMEOUT_S
-        self._directory = tempfile.TemporaryDirectory(prefix="stemloop-nion-")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="nion event loop", daemon=True)
-        with contextlib.ExitStack() as started:  # undone, last first, if the rest does not start
-            started.callback(self._directory.cleanup)
-            started.callback(self._loop.close)
-            with _event_loop(self._loop):  # Nion asks for the loop of the thread that registers devices
-                started.enter_context(_nion_services(Path(self._directory.name), self._loop))
-                started.callback(register())
-            self._thread.start()
-            started.callback(self._end_loop)
-            started.callback(_stop_all)
-            self._started = started.pop_all()
+        self._started = self._in_own_thread(lambda: self._start(register))
         Stack._running = self
 
     def close(self) -> None:
         """Stop what plays or records, take out the devices and end the threads. Closing twice is harmless."""
         if Stack._running is self:
+            self._in_own_thread(self._started.close)
             Stack._running = None
-            with _event_loop(asyncio.new_event_loop(), close=True):
-                self._started.close()
+
+    def _start(self, register: Callable[[], Callable[[], None]]) -> contextlib.ExitStack:
+        with contextlib.ExitStack() as started:  # undone, last first, if the rest does not start
+            started.callback(self._loop.close)
+            directory = started.enter_context(tempfile.TemporaryDirectory(prefix="stemloop-nion-"))
+            started.enter_context(_services(Path(directory), self._loop))
+            started.callback(register())
+            self._thread.start()
+            started.callback(self._end_loop)
+            started.callback(_stop_all)
+            return started.pop_all()
+
+    def _in_own_thread(self, do: Callable[[], T]) -> T:
+        """Nion asks for the event loop of the thread that registers devices; the caller's own loop stays as it is."""
+
+        def with_loop() -> T:
+            asyncio.set_event_loop(self._loop)
+            return do()
+
+        with ThreadPoolExecutor(1, thread_name_prefix="nion start") as own:
+            return own.submit(with_loop).result()
 
     def _end_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -127,23 +134,7 @@ class Stack:
 
 
 @contextlib.contextmanager
-def _event_loop(loop: asyncio.AbstractEventLoop, close: bool = False) -> Any:
-    """Make ``loop`` the event loop of this thread for a while."""
-    try:
-        before = asyncio.get_event_loop_policy()._local._loop  # type: ignore[attr-defined]  # asking makes a loop
-    except AttributeError:
-        before = None
-    asyncio.set_event_loop(loop)
-    try:
-        yield
-    finally:
-        asyncio.set_event_loop(before)
-        if close:
-            loop.close()
-
-
-@contextlib.contextmanager
-def _nion_services(directory: Path, loop: asyncio.AbstractEventLoop) -> Any:
+def _services(directory: Path, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
     HardwareSource.run()
     DriftTracker.run()
     camera_base.run(directory)
@@ -184,7 +175,9 @@ def usim(sample: int = 0) -> Callable[[], Callable[[], None]]:
     def register() -> Callable[[], None]:
         from nion.usim_device import DeviceConfiguration
 
-        made = DeviceConfiguration.AcquisitionContextConfiguration(sample_index=sample, set_configuration_location=False)
+        made = DeviceConfiguration.AcquisitionContextConfiguration(
+            sample_index=sample, set_configuration_location=False
+        )
         made.run()
         return made.stop
 
