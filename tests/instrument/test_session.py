@@ -11,7 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from stemloop.core.errors import DoseError, InputError, LeaseError, LimitError, NotAuthorised
 from stemloop.core.instruction import Blank, Diffraction, Image, Optics, Probe, Report, Spectrum, Stage
 from stemloop.core.protocols import Camera, InstrumentInfo
-from stemloop.instrument.session import DoseLedger, Identity, LeaseDesk, Limits, Tokens
+from stemloop.instrument.dose import DoseLedger
+from stemloop.instrument.limits import Limits
+from stemloop.instrument.session import Identity, LeaseDesk, Tokens
 
 INFO = InstrumentInfo(
     "all", ("image", "diffraction", "probe", "blank", "optics", "stage", "report"), FIELD_M, 80e3,

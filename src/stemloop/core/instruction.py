@@ -118,7 +118,7 @@ def _check_fields(asked: Any) -> None:
 # --------------------------------------------------------------------------------------------- paths of positions
 
 
-def _about(points: NDArray[np.float64], centre: NDArray[np.float64], rotation_rad: float) -> NDArray[np.float64]:
+def turned(points: NDArray[np.float64], centre: NDArray[np.float64], rotation_rad: float) -> NDArray[np.float64]:
     """``points`` (..., 2) (y, x) turned about ``centre`` by ``rotation_rad``, from +x towards +y."""
     sine, cosine = math.sin(rotation_rad), math.cos(rotation_rad)
     y, x = points[..., 0] - centre[0], points[..., 1] - centre[1]
@@ -129,7 +129,7 @@ def _corners(origin_m: Position, extent_m: Position, rotation_rad: float) -> NDA
     """(4, 2): the corners of a rectangle that is turned about its own centre."""
     origin, extent = np.array(origin_m, float), np.array(extent_m, float)
     upright = origin + extent * np.array([[0, 0], [0, 1], [1, 0], [1, 1]], float)
-    return _about(upright, origin + extent / 2, rotation_rad) if rotation_rad else upright
+    return turned(upright, origin + extent / 2, rotation_rad) if rotation_rad else upright
 
 
 class _Path:
@@ -227,7 +227,7 @@ class Raster(_Path):
         origin, extent = np.array(self.origin_m, float), np.array(self.extent_m, float)
         part = extent / self.shape
         points = origin + part * (np.stack(np.divmod(index, self.shape[1]), axis=-1) + 0.5)
-        return _about(points, origin + extent / 2, self.rotation_rad) if self.rotation_rad else points
+        return turned(points, origin + extent / 2, self.rotation_rad) if self.rotation_rad else points
 
     def array(self) -> NDArray[np.float64]:
         return self._at(np.arange(len(self)))
@@ -299,7 +299,7 @@ class Image(Instruction):
         grid = np.stack(np.meshgrid(*(np.arange(n) for n in self.shape), indexing="ij"), axis=-1)
         points = np.array(self.origin_m, float) + grid * np.array(self.pixel_m)
         centre = np.array(self.origin_m, float) + np.array(self.extent_m, float) / 2
-        return _about(points, centre, self.rotation_rad) if self.rotation_rad else points
+        return turned(points, centre, self.rotation_rad) if self.rotation_rad else points
 
     def corners_m(self) -> NDArray[np.float64]:
         """(4, 2): the corners (y, x) [m] of the scanned rectangle."""

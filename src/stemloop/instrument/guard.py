@@ -11,13 +11,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from stemloop.core import units
 from stemloop.core.errors import (
+    Aborted,
     InputError,
     InstrumentError,
     LimitError,
@@ -26,11 +27,14 @@ from stemloop.core.errors import (
     StemloopError,
     from_code,
 )
-from stemloop.core.instruction import Blank, Image, Instruction, Report
+from stemloop.core.instruction import Blank, Image, Instruction, Probe, Report
 from stemloop.core.protocols import Batch, Exposure, FrameSink, Instrument
 from stemloop.core.record import content_hash
 from stemloop.instrument import wire
-from stemloop.instrument.session import DoseLedger, Identity, LeaseDesk, Limits
+from stemloop.instrument.dose import DoseLedger
+from stemloop.instrument.limits import Limits, LimitsWatch
+from stemloop.instrument.plan import PlanReport, check_plan, current_A
+from stemloop.instrument.session import Identity, LeaseDesk
 from stemloop.instrument.spool import Audit, Spool
 
 _log = logging.getLogger(__name__)
@@ -69,7 +73,8 @@ class Guard:
     spool, audit, desk, limits : Spool, Audit, LeaseDesk, Limits
         What was done, what is written down, who drives, what may be asked.
     dose_budget : float, optional
-        Electrons that all exposures together may take, those before a restart included.
+        Electrons that all exposures together may take, those before a restart included; the smaller one holds of this
+        and ``limits.electrons_max``.
     sink : FrameSink, optional
         Where frames go that are asked for with ``data="stream"``.
     """
@@ -86,7 +91,12 @@ class Guard:
     ) -> None:
         self.info = instrument.info
         self.limits = limits
-        self.ledger = DoseLedger(dose_budget, spool.spent)
+        self.watch = LimitsWatch(limits)
+        budgets = [budget for budget in (dose_budget, limits.electrons_max) if budget is not None]
+        self.ledger = DoseLedger(min(budgets, default=None), spool.spent, limits.region)
+        for past in spool.past():
+            if limits.region is not None:
+                self._recall(**past)
         self.desk = desk
         self._instrument = instrument
         self._spool = spool
@@ -175,20 +185,35 @@ class Guard:
 
     def _act(self, command: Command, asked: Instruction) -> Exposure:
         """Carry out what does not expose. Kept without fdatasync: a repeat after a power cut does no harm."""
-        self.limits.check(asked, 0.0, self.info)
+        state = {} if isinstance(asked, Report) else self.state()
+        self.limits.check(asked, 0.0, self.info, state)
+        self.watch.admit(asked, state, time.monotonic())
+        name, settled = command.command_id, 0
+        if (spot := self.limits.opened(asked, state)) is not None:
+            electrons = units.electrons(current_A(state, self.limits), self.limits.parked_max_s or 0.0)
+            self.ledger.reserve(name, electrons, self.ledger.footprint(spot, self.info, state))
+            settled = self.ledger.settle(name)  # in advance: the beam may rest so long, whatever becomes of us
         with _instrument_errors():
-            exposure = self._instrument.execute(asked, key=command.command_id)
+            exposure = self._instrument.execute(asked, key=name)
         if not isinstance(asked, Report):
-            self._spool.result(
-                command.command_id, wire.instruction_to_message(asked), 0, exposure=exposure, durable=False
-            )
+            message = wire.instruction_to_message(asked)
+            self._spool.result(name, message, settled, exposure=exposure, durable=settled > 0)
         return exposure
 
+    def _recall(self, instruction: dict[str, Any], settled: int, exposed: int | None, state: dict[str, Any]) -> None:
+        """Put an exposure from before a restart back on the map of doses."""
+        asked = wire.instruction_from_message(instruction)
+        spot = asked if asked.exposes else self.limits.opened(asked, {**state, "blanked": False})
+        if spot is not None:
+            self.ledger.recall(self.ledger.footprint(spot, self.info, state, exposed), settled)
+
     def _expose(self, command: Command, asked: Instruction) -> Exposure:
-        electrons = self._electrons(asked)
-        self.limits.check(asked, electrons, self.info)
+        state = self.state()
+        electrons = self._electrons(asked, state)
+        self.limits.check(asked, electrons, self.info, state)
         name, message = command.command_id, wire.instruction_to_message(asked)
-        reserved = self.ledger.reserve(name, electrons * asked.exposed_positions)
+        where = self.ledger.footprint(asked, self.info, state)
+        reserved = self.ledger.reserve(name, electrons * asked.exposed_positions, where)
         try:
             self._spool.intent(name, message, command.fencing or 0, reserved, command.who.name)
         except StemloopError:
@@ -199,8 +224,13 @@ class Guard:
                 exposure = self._instrument.execute(asked, key=name)
                 self._check(asked, exposure)
         except StemloopError as error:
-            refused = isinstance(error, (Refused, InputError))  # the instrument's word that nothing was exposed
-            self._keep(name, message, self.ledger.settle(name, 0.0 if refused else None), error=error)
+            done = self._exposed(asked, error)
+            if done is None:
+                settled = self.ledger.settle(name)
+            else:
+                part = self.ledger.footprint(asked, self.info, state, done) if done else where
+                settled = self.ledger.settle(name, electrons * done, part)
+            self._keep(name, message, settled, error=error, exposed=done)
             raise
         settled = self.ledger.settle(name, exposure.electrons * asked.exposed_positions)
         stream = None
@@ -208,6 +238,23 @@ class Guard:
             stream = self._spool.number(asked.kind, len(exposure.frames))
         self._keep(name, message, settled, exposure=exposure, stream=stream)
         return exposure
+
+    @staticmethod
+    def _exposed(asked: Instruction, error: StemloopError) -> int | None:
+        """How many positions were exposed before the error, by the instrument's word; None if it gave none."""
+        if isinstance(error, (Refused, InputError)):
+            return 0
+        done = error.exposed if isinstance(error, Aborted) else None
+        return None if done is None else min(max(done, 0), asked.exposed_positions)
+
+    def check(self, plan: Iterable[Instruction]) -> PlanReport:
+        """What these instructions would cost and which would be refused, now and one after another. Touches nothing."""
+        return check_plan(plan, self.limits, self.ledger, self.info, self.state())
+
+    def unpark(self) -> None:
+        """Blank the beam if it has rested on one spot for longer than the limits allow. Ask often."""
+        if self.limits.parked_max_s is not None and (reason := self.watch.parked(self.state(), time.monotonic())):
+            self.blank(reason)
 
     @contextmanager
     def _beam(self, name: str) -> Iterator[None]:
@@ -236,17 +283,15 @@ class Guard:
             self._spool.lost(name, message, settled, unknown)
             raise unknown from error
 
-    def _electrons(self, asked: Instruction) -> float:
-        """Electrons at each position. An instrument that does not report its current is charged the largest one."""
-        current_A = self.state().get("current_A")
-        if not (isinstance(current_A, (int, float)) and math.isfinite(current_A) and current_A >= 0):
-            current_A = self.limits.current_max_A
-        if current_A > self.limits.current_max_A:
+    def _electrons(self, asked: Instruction, state: dict[str, Any]) -> float:
+        """Electrons at each position."""
+        current = current_A(state, self.limits)
+        if current > self.limits.current_max_A:
             raise LimitError(
-                f"the beam current is {current_A:g} A, over the limit of {self.limits.current_max_A:g} A: "
+                f"the beam current is {current:g} A, over the limit of {self.limits.current_max_A:g} A: "
                 "lower it with an Optics instruction."
             )
-        return units.electrons(float(current_A), asked.beam_time_s / asked.exposed_positions)
+        return units.electrons(current, asked.beam_time_s / asked.exposed_positions)
 
     @staticmethod
     def _check(asked: Instruction, exposure: Exposure) -> None:

@@ -48,7 +48,8 @@ from stemloop.core.errors import InputError, LeaseError, LimitError, NotAuthoris
 from stemloop.core.protocols import FrameSink, Instrument
 from stemloop.instrument import wire
 from stemloop.instrument.guard import Command, Guard
-from stemloop.instrument.session import Identity, Lease, LeaseDesk, Limits, Tokens
+from stemloop.instrument.limits import Limits
+from stemloop.instrument.session import Identity, Lease, LeaseDesk, Tokens
 from stemloop.instrument.spool import Audit, DirectoryLock, Spool, sync_directory
 
 _log = logging.getLogger(__name__)

@@ -214,6 +214,7 @@ class Spool:
         self.fencing = 0
         self.state: dict[str, Any] | None = None
         self.counts: dict[str, int] = {}
+        self._past: list[dict[str, Any]] | None = []
         open_intents: dict[str, dict[str, Any]] = {}
         for offset, record in self._journal:
             if record["record"] == "intent":
@@ -244,6 +245,15 @@ class Spool:
             self.spent += record["settled"]
             if record["exposure"] is not None:
                 self.state = record["exposure"]["state"]
+            if self._past is not None and record["settled"]:
+                kept = {name: record.get(name) for name in ("instruction", "settled", "exposed")}
+                self._past.append({**kept, "state": self.state or {}})
+
+    def past(self) -> list[dict[str, Any]]:
+        """``instruction``, ``settled`` electrons, ``exposed`` positions (None: all) and ``state`` of every exposure
+        that was on the disk at the start. They are handed out once and forgotten."""
+        past, self._past = self._past or [], None
+        return past
 
     def lease(self, fencing: int) -> None:
         """Make a new fencing number durable."""
@@ -273,8 +283,12 @@ class Spool:
         error: Exception | None = None,
         stream: dict[str, Any] | None = None,
         durable: bool = True,
+        exposed: int | None = None,
     ) -> None:
-        """Keep how a command ended: its ``exposure``, or the ``error`` that it will answer whenever it is repeated."""
+        """Keep how a command ended: its ``exposure``, or the ``error`` that it will answer whenever it is repeated.
+
+        ``exposed`` is the number of positions that were exposed, from the first on, of a command that ended early.
+        """
         self._append(
             {
                 "record": "result",
@@ -284,6 +298,7 @@ class Spool:
                 "exposure": exposure and wire.exposure_to_message(exposure),
                 "error": error and [getattr(error, "code", "instrument"), str(error)],
                 "stream": stream,
+                "exposed": exposed,
                 "utc": time.time(),
             },
             durable,

@@ -165,6 +165,7 @@ def info_to_message(info: InstrumentInfo) -> dict[str, Any]:
         "energy_loss": info.energy_loss and list(info.energy_loss),
         "positions_m": None if info.positions_m is None else np.asarray(info.positions_m, dtype=np.float64),
         "sample": info.sample,
+        "detectors": list(info.detectors),
     }
 
 
@@ -183,6 +184,7 @@ def info_from_message(message: dict[str, Any]) -> InstrumentInfo:
             energy_loss=loss and tuple(loss),
             positions_m=message["positions_m"],
             sample=message["sample"],
+            detectors=tuple(message.get("detectors", ("HAADF",))),
         )
     except (KeyError, TypeError, IndexError) as error:
         raise InputError(f"what the instrument says of itself cannot be read: {error!r}.") from None
