@@ -38,30 +38,28 @@ from stemloop.core.instruction import (
 )
 from stemloop.core.protocols import Camera, Exposure, InstrumentInfo
 from stemloop.core.units import electrons
+from stemloop.instrument.limits import moved
 from stemloop.instrument.nion.device import Inside
 from stemloop.instrument.nion.geometry import M_TO_NM, S_TO_MS, S_TO_US, View
 from stemloop.instrument.nion.host import Hardware, stop_playing
 
-#: Entries of the state vector and the Nion controls behind them; a pair (a, b) is two entries.
-CONTROLS = {
-    "semiangle_rad": "ConvergenceAngle",
-    "C10_m": "C10",
-    "C12_a_m": "C12.a",
-    "C12_b_m": "C12.b",
-    "C21_a_m": "C21.a",
-    "C21_b_m": "C21.b",
-    "C23_a_m": "C23.a",
-    "C23_b_m": "C23.b",
-    "C30_m": "C30",
-    "current_A": "BeamCurrent",
-    "energy_eV": "EHT",
-    "blanked": "C_Blank",
-    "stage_x_m": "stage_position_m.x",
-    "stage_y_m": "stage_position_m.y",
-    "stage_z_m": "stage_height_m",
-    "stage_alpha_rad": "stage_tilt_rad.a",
-    "stage_beta_rad": "stage_tilt_rad.b",
-    "energy_offset_eV": "ZLPoffset",
+#: Entries of the state vector and the Nion controls behind them: one, or two for a pair.
+CONTROLS: dict[str, tuple[str, ...]] = {
+    "semiangle_rad": ("ConvergenceAngle",),
+    "C10_m": ("C10",),
+    "C12_m": ("C12.a", "C12.b"),
+    "C21_m": ("C21.a", "C21.b"),
+    "C23_m": ("C23.a", "C23.b"),
+    "C30_m": ("C30",),
+    "current_A": ("BeamCurrent",),
+    "energy_eV": ("EHT",),
+    "blanked": ("C_Blank",),
+    "stage_x_m": ("stage_position_m.x",),
+    "stage_y_m": ("stage_position_m.y",),
+    "stage_z_m": ("stage_height_m",),
+    "stage_alpha_rad": ("stage_tilt_rad.a",),
+    "stage_beta_rad": ("stage_tilt_rad.b",),
+    "EELS_energy_offset_eV": ("ZLPoffset",),
 }
 
 #: Our names of the ring detectors and the names of Nion's channels.
@@ -86,7 +84,7 @@ class Setup:
 
     name: str
     field_m: tuple[float, float]
-    controls: Mapping[str, str] = field(default_factory=lambda: CONTROLS)
+    controls: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: CONTROLS)
     channels: Mapping[str, str] = field(default_factory=lambda: CHANNELS)
     source_fwhm_m: float = 0.0
     binning: int = 1
@@ -118,7 +116,9 @@ class NionInstrument:
         close: Callable[[], None] | None = None,
     ) -> None:
         self._hardware, self._setup, self._inside, self._close = hardware, setup, inside, close
-        self._controls = {entry: name for entry, name in setup.controls.items() if self._get(name) is not None}
+        self._controls = {
+            entry: names for entry, names in setup.controls.items() if None not in [self._get(name) for name in names]
+        }
         self._channels = self._find_channels()
         self._aborted = threading.Event()
         self.progress: Callable[[int, int], None] | None = None
@@ -140,11 +140,11 @@ class NionInstrument:
 
     def state(self) -> dict[str, Any]:
         """All controls that this microscope has, the probe, the field of view and what was exposed."""
-        values: dict[str, Any] = {entry: self._get(name) for entry, name in self._controls.items()}
+        values: dict[str, Any] = {entry: self._read(entry) for entry in self._controls}
         if "blanked" in values:
             values["blanked"] = int(bool(values["blanked"]))
         values |= {"probe_y_m": self._probe[0], "probe_x_m": self._probe[1]}
-        values |= {"field_y_m": self._view.extent_m[0], "field_x_m": self._view.extent_m[1]}
+        values |= {"field_height_m": self._view.extent_m[0], "field_width_m": self._view.extent_m[1]}
         values |= {"field_rotation_rad": self._view.rotation_rad, "camera_binning": self._binning}
         inside = {} if self._inside is None else self._inside.state()
         return {**{f"inside_{name}": value for name, value in inside.items()}, **values, **self._exposed}
@@ -158,10 +158,10 @@ class NionInstrument:
             )
         if self._inside is not None:
             self._inside.restore({name[7:]: value for name, value in state.items() if name.startswith("inside_")})
-        self._change({entry: float(state[entry]) for entry in self._controls})
+        self._change({entry: state[entry] for entry in self._controls})
         self._binning = int(state["camera_binning"])
         self._exposed = {name: state[name] for name in self._exposed}
-        self._choose_view(View((state["field_y_m"], state["field_x_m"]), state["field_rotation_rad"]))
+        self._choose_view(View((state["field_height_m"], state["field_width_m"]), state["field_rotation_rad"]))
         self._park((state["probe_y_m"], state["probe_x_m"]))
 
     def execute(self, instruction: Instruction, key: str) -> Exposure:
@@ -178,7 +178,7 @@ class NionInstrument:
     def _execute(self, instruction: Instruction, key: str) -> Exposure:
         if self._inside is not None:
             self._inside.announce(key)
-        if instruction.exposes and self._get(self._controls.get("blanked", "")):
+        if instruction.exposes and self._read("blanked"):
             raise InstrumentError("the beam is blanked; send Blank(blanked=False) before an exposure.")
         match instruction:
             case Image():
@@ -189,10 +189,8 @@ class NionInstrument:
                 self._park(instruction.position_m)
             case Blank():
                 self._change({"blanked": float(instruction.blanked)})
-            case Optics():
-                self._change(_entries(instruction, ""))
-            case Stage():
-                self._change(_entries(instruction, "stage_"))
+            case Optics() | Stage():
+                self._change(dict(moved(instruction)))
             case Field():
                 self._change_view(instruction)
             case Detector():
@@ -233,11 +231,12 @@ class NionInstrument:
             name=self._setup.name,
             instructions=tuple(kinds),
             field_m=self._setup.field_m,
-            energy_eV=float(self._get(self._controls["energy_eV"]) or 0.0),
+            energy_eV=float(self._read("energy_eV") or 0.0),
             source_fwhm_m=self._setup.source_fwhm_m,
             camera=None if hardware.camera is None else self._camera(),
             energy_loss=None if hardware.eels is None else self._energy_loss(),
             sample=dict(self._setup.sample),
+            detectors=tuple(self._channels),
         )
 
     def _camera(self) -> Camera:
@@ -268,10 +267,15 @@ class NionInstrument:
     # ------------------------------------------------------------------------------------------------ controls
 
     def _get(self, control: str) -> float | None:
-        exists, value = self._hardware.stem.TryGetVal(control) if control else (False, None)
+        exists, value = self._hardware.stem.TryGetVal(control)
         return float(value) if exists and value is not None else None
 
-    def _change(self, wanted: dict[str, float]) -> None:
+    def _read(self, entry: str) -> Any:
+        """An entry of the state vector: a number, a list of two, or None for one that this microscope lacks."""
+        values = [self._get(name) for name in self._controls.get(entry, ())]
+        return values if len(values) > 1 else values[0] if values else None
+
+    def _change(self, wanted: Mapping[str, Any]) -> None:
         """Set controls, each confirmed and read back; if one fails, those before it go back to where they were."""
         if unknown := [entry for entry in wanted if entry not in self._controls]:
             raise InstrumentError(
@@ -280,21 +284,21 @@ class NionInstrument:
         before: dict[str, float] = {}
         try:
             for entry, value in wanted.items():
-                old = self._get(self._controls[entry])
-                if old != value:
-                    before[entry] = float(old or 0.0)
-                    self._set(entry, value)
+                for control, number in zip(self._controls[entry], np.atleast_1d(value).tolist(), strict=True):
+                    old = self._get(control)
+                    if old != number:
+                        before[control] = float(old or 0.0)
+                        self._set(control, float(number))
         except Exception:
-            for entry, value in before.items():
+            for control, number in before.items():
                 with contextlib.suppress(Exception):
-                    self._set(entry, value)
+                    self._set(control, number)
             raise
 
-    def _set(self, entry: str, value: float) -> None:
-        control = self._controls[entry]
+    def _set(self, control: str, value: float) -> None:
         if not self._hardware.stem.SetValAndConfirm(control, value, 1.0, int(self._setup.confirm_s * S_TO_MS)):
             raise InstrumentError(
-                f"the microscope did not confirm {control} = {value:g} within {self._setup.confirm_s} s."
+                f"the microscope did not confirm {control} = {value:g} within {self._setup.confirm_s:g} s."
             )
         got = self._get(control)
         if got is None or not math.isclose(got, value, rel_tol=self._setup.tolerance, abs_tol=1e-15):
@@ -344,7 +348,7 @@ class NionInstrument:
                 raise LimitError(f"the camera bins {known} pixels in both directions; got {rows} x {columns}.")
             self._binning = int(rows)
         elif asked.name == "EELS" and set(wanted) == {"energy_offset_eV"} and self._hardware.eels is not None:
-            self._change(wanted)
+            self._change({"EELS_energy_offset_eV": wanted["energy_offset_eV"]})
         elif wanted:
             raise InstrumentError(
                 f"{self._setup.name} cannot set {', '.join(wanted)} of {asked.name!r}; it can set the binning of "
@@ -504,26 +508,13 @@ class NionInstrument:
         return Exposure(frames, number, state, {**common, "dwell_s": asked.dwell_s, **calibration})
 
     def _account(self, dwell_s: float, positions: int) -> None:
-        current_A = self._get(self._controls.get("current_A", "")) or 0.0
-        self._exposed["electrons"] += electrons(current_A, dwell_s) * positions
+        self._exposed["electrons"] += electrons(self._read("current_A") or 0.0, dwell_s) * positions
         self._exposed["exposed_positions"] += positions
 
     def _raise_failure(self) -> None:
         if self._inside is not None and self._inside.failure is not None:
             failure, self._inside.failure = self._inside.failure, None
             raise failure
-
-
-def _entries(asked: Optics | Stage, prefix: str) -> dict[str, float]:
-    """The entries of the state vector that an instruction changes: a pair ``C12_m`` is ``C12_a_m`` and ``C12_b_m``."""
-    entries: dict[str, float] = {}
-    for name, value in vars(asked).items():
-        if isinstance(value, tuple):
-            stem, unit = name.rsplit("_", 1)
-            entries |= {f"{prefix}{stem}_{axis}_{unit}": float(one) for axis, one in zip("ab", value, strict=True)}
-        elif value is not None:
-            entries[prefix + name] = float(value)
-    return entries
 
 
 def _square(asked: Image) -> bool:

@@ -110,35 +110,51 @@ def _module(ids: Ids, camera: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------- controls
 
 
-def _sets(asked: Optics | Stage, name: str) -> Callable[[float], Instruction]:
-    """The instruction like ``asked`` that sets ``name`` to a value."""
-
-    def with_value(value: float) -> Instruction:
-        changed: dict[str, Any] = {name: value}
-        return replace(asked, **changed)
-
-    return with_value
-
-
 @dataclass(frozen=True)
 class _Control:
-    """Where the value of a Nion control stands in the state inside, and the instruction that sets it."""
+    """An entry of the state inside behind a Nion control: a number, or one (``part``) of a pair. ``asked``, with the
+    field ``name`` changed, is the instruction that sets it."""
 
-    state: str
-    asks: Callable[[float], Instruction] | None = None
+    entry: str
+    asked: Optics | Stage
+    name: str
+    part: int | None = None
+
+    def read(self, state: dict[str, Any]) -> float | None:
+        value = state.get(self.entry)
+        if value is None:
+            return None
+        return float(value if self.part is None else value[self.part])
+
+    def instruction(self, value: float, state: dict[str, Any]) -> Instruction:
+        wanted: Any = value
+        if self.part is not None:
+            pair = list(state[self.entry])
+            pair[self.part] = value
+            wanted = tuple(pair)
+        changed: dict[str, Any] = {self.name: wanted}
+        return replace(self.asked, **changed)
+
+
+def _pair(name: str) -> dict[str, _Control]:
+    return {f"{name}.{axis}": _Control(f"{name}_m", Optics(), f"{name}_m", part) for part, axis in enumerate("ab")}
 
 
 _CONTROLS = {
-    "C10": _Control("C10_m", _sets(Optics(), "C10_m")),
-    "ConvergenceAngle": _Control("semiangle_rad", _sets(Optics(), "semiangle_rad")),
-    "BeamCurrent": _Control("current_A", _sets(Optics(), "current_A")),
-    "C_Blank": _Control("blanked", lambda value: Blank(value != 0.0)),
-    "stage_position_m.x": _Control("stage_x_m", _sets(Stage(), "x_m")),
-    "stage_position_m.y": _Control("stage_y_m", _sets(Stage(), "y_m")),
-    "stage_height_m": _Control("stage_z_m", _sets(Stage(), "z_m")),
-    "stage_tilt_rad.a": _Control("stage_alpha_rad", _sets(Stage(), "alpha_rad")),
-    "stage_tilt_rad.b": _Control("stage_beta_rad", _sets(Stage(), "beta_rad")),
+    "C10": _Control("C10_m", Optics(), "C10_m"),
+    **_pair("C12"),
+    **_pair("C21"),
+    **_pair("C23"),
+    "C30": _Control("C30_m", Optics(), "C30_m"),
+    "ConvergenceAngle": _Control("semiangle_rad", Optics(), "semiangle_rad"),
+    "BeamCurrent": _Control("current_A", Optics(), "current_A"),
+    "stage_position_m.x": _Control("stage_x_m", Stage(), "x_m"),
+    "stage_position_m.y": _Control("stage_y_m", Stage(), "y_m"),
+    "stage_height_m": _Control("stage_z_m", Stage(), "z_m"),
+    "stage_tilt_rad.a": _Control("stage_alpha_rad", Stage(), "alpha_rad"),
+    "stage_tilt_rad.b": _Control("stage_beta_rad", Stage(), "beta_rad"),
 }
+_BLANKER = "C_Blank"
 
 
 class _Values:
@@ -151,15 +167,18 @@ class _Values:
     def get_value(self, name: str) -> float | None:
         if name in self._facts:
             return self._facts[name]
-        control = _CONTROLS.get(name)
-        value = self._inside.state().get(control.state) if control else None
-        return None if value is None else float(value)
+        state = self._inside.state()
+        if name == _BLANKER:
+            return float(state["blanked"]) if "blanked" in state else None
+        return _CONTROLS[name].read(state) if name in _CONTROLS else None
 
     def set_value(self, name: str, value: float) -> bool:
-        control = _CONTROLS.get(name)
-        if control is None or control.asks is None or self.get_value(name) is None:
+        if name in self._facts or self.get_value(name) is None:
             return False
-        self._inside.command(control.asks(float(value)))
+        if name == _BLANKER:
+            self._inside.command(Blank(value != 0.0))
+        else:
+            self._inside.command(_CONTROLS[name].instruction(float(value), self._inside.state()))
         return True
 
     inform_value = set_value
@@ -324,6 +343,9 @@ class _ScanDevice(ScanDevice.Device):
     def __init__(self, device_id: str, inside: Inside, stem: _Stem) -> None:
         super().__init__(device_id, "Scan", stem, ScanBoxSimulator(self))
         self._inside = inside
+        detectors = inside.info.detectors
+        # the device kit has a list of channels of its own and no other way to give it another one
+        self._Device__channels = [ScanDevice.Channel(n, name, n == 0) for n, name in enumerate(detectors)]
 
     def generate_scan_data(self, instrument: Any, parameters: Any) -> NDArray[np.float32]:
         raise NotImplementedError("frames are made by get_scan_data, which knows the channel")

@@ -33,6 +33,7 @@ def inside_nion(instrument: Instrument, ids: Ids = device.TWIN) -> NionInstrumen
     setup = Setup(
         name=f"{info.name}, in Nion Swift",
         field_m=info.field_m,
+        channels={name: name for name in info.detectors},
         source_fwhm_m=info.source_fwhm_m,
         sample=info.sample,
         counts=True,
