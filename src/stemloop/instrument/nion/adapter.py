@@ -66,7 +66,6 @@ CONTROLS: dict[str, tuple[str, ...]] = {
 CHANNELS = {"HAADF": "HAADF", "ADF": "MAADF", "ABF": "ABF", "BF": "BF"}
 
 _CONTEXT_PIXELS = 256
-_IDLE_S = 1e-3
 
 
 @dataclass(frozen=True)
@@ -176,6 +175,8 @@ class NionInstrument:
             self._aborted.clear()
 
     def _execute(self, instruction: Instruction, key: str) -> Exposure:
+        if instruction.exposes:
+            self._quiet()
         if self._inside is not None:
             self._inside.announce(key)
         if instruction.exposes and self._read("blanked"):
@@ -369,7 +370,6 @@ class NionInstrument:
             raise InstrumentError(f"{self._setup.name} has no camera for {asked.kind}.")
         for corner in asked.corners_m().tolist():
             self._view.fraction((corner[0], corner[1]))
-        self._quiet()
         parameters, total = self._frame_parameters(asked), asked.exposed_positions
         frames: NDArray[Any] | None = None
         started_s = time.time()
@@ -424,7 +424,6 @@ class NionInstrument:
                 f"{self._setup.name} scans square pixels; {asked.pixel_m[0]:g} x {asked.pixel_m[1]:g} m were asked."
             )
         part = self._view.subscan(asked)
-        self._quiet()
         scan = self._hardware.scan
         parameters = scan.get_current_frame_parameters()
         parameters.subscan_pixel_size = Geometry.IntSize(*(int(n) for n in asked.shape))

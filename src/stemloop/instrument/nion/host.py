@@ -26,6 +26,8 @@ T = TypeVar("T")
 #: A synchronized scan waits this long [s] for the next pixel. Nion's own 20 s is too short for a slow camera.
 SYNCHRONIZED_SCAN_TIMEOUT_S = 300.0
 _STOP_S = 5.0
+#: A camera's own thread may be in the middle of a frame when its live view has stopped.
+_REST_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,7 @@ def stop_playing(source: Any) -> None:
         if time.monotonic() > end:
             raise InstrumentError(f"the live view of {source.display_name} does not stop; stop it in Nion Swift.")
         time.sleep(0.001)
+    time.sleep(_REST_S)
 
 
 def usim(sample: int = 0) -> Callable[[], Callable[[], None]]:
