@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,9 +53,10 @@ def _twin(config: dict[str, Any], folder: Path) -> Twin:
     from stemloop.simulate.twin import Twin
 
     twin = Twin(config["specimen"], config["seed"], damage_barn=_cross_section(config))
-    truth = folder.parent / "truth"
-    truth.mkdir(exist_ok=True)
-    twin.write_truth(str(truth / "truth.npz"))
+    if "run" in config:  # for scoring
+        truth = folder.parent / "truth"
+        truth.mkdir(exist_ok=True)
+        twin.write_truth(str(truth / "truth.npz"))
     return twin
 
 
@@ -63,6 +67,48 @@ def _cross_section(config: dict[str, Any]) -> float | None:
     if config["specimen"] not in KNOCK_ON_BARN:
         raise InputError(f"no knock-on cross-section is known for {config['specimen']}; leave --damage out.")
     return KNOCK_ON_BARN[config["specimen"]]
+
+
+def serve_by_hand(
+    kind: str,
+    directory: Path,
+    *,
+    specimen: str = "MoS2",
+    seed: int = 0,
+    limits: Path | None = None,
+    dose_budget: float | None = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    tls: tuple[Path, Path] | None = None,
+    tell: Callable[[str], Any] = lambda _: None,
+) -> None:
+    """Serve the instrument ``kind`` out of ``directory`` until Ctrl-C; ``tell`` is given the address once it listens.
+
+    What the rest means says :func:`stemloop.instrument.server.serve`; ``limits`` is a YAML or JSON file.
+    """
+    from stemloop.instrument.limits import Limits
+    from stemloop.instrument.server import serve
+
+    declared = None if limits is None else Limits.load(limits)
+    instrument = build({"instrument": kind, "specimen": specimen, "seed": seed, "damage": False}, directory)
+    name = instrument.info.name
+    ended = threading.Event()
+    teller = threading.Thread(target=_announce, args=(name, directory, ended, tell), daemon=True)
+    (directory / "address.json").unlink(missing_ok=True)
+    teller.start()
+    try:
+        serve(instrument, directory, limits=declared, dose_budget=dose_budget, host=host, port=port, tls=tls)
+    finally:
+        ended.set()
+
+
+def _announce(name: str, directory: Path, ended: threading.Event, tell: Callable[[str], Any]) -> None:
+    """Say where the server listens, as soon as it does."""
+    while not ended.wait(0.05):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            address = json.loads((directory / "address.json").read_text())
+            tell(f"{name}: {address.get('scheme', 'ws')}://{address['host']}:{address['port']}, memory in {directory}. Ctrl-C ends it.")
+            return
 
 
 def main(folder: Path) -> int:

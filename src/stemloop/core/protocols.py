@@ -58,12 +58,19 @@ class Exposure:
     electrons : mean number of electrons that each frame was given (for an image: each pixel).
     state : the state vector when the instruction had been carried out.
     calibration : what a reader needs to put units on the frames.
+    epoch : number of commands that the instrument had been given when this acquisition began, this one included; it
+        grows with each command and never repeats. An instrument leaves 0 here and the server's guard stamps it.
+    began_s, ended_s : when the acquisition began and ended [s since 1970], by the clock on the instrument's side; an
+        instrument that knows better than its guard fills them in.
     """
 
     frames: NDArray[Any] | None
     electrons: float
     state: dict[str, Any]
     calibration: dict[str, Any] = field(default_factory=dict)
+    epoch: int = 0
+    began_s: float = 0.0
+    ended_s: float = 0.0
 
 
 @runtime_checkable

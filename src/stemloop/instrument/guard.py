@@ -27,7 +27,7 @@ from stemloop.core.errors import (
     StemloopError,
     from_code,
 )
-from stemloop.core.instruction import Blank, Image, Instruction, Probe, Report
+from stemloop.core.instruction import Blank, Image, Instruction, Report
 from stemloop.core.protocols import Batch, Exposure, FrameSink, Instrument
 from stemloop.core.record import content_hash
 from stemloop.instrument import wire

@@ -295,7 +295,7 @@ class Limits:
                 )
 
     def opened(self, asked: Instruction, state: State) -> Probe | None:
-        """Where the open beam will rest after ``asked`` and is charged for ``parked_max_s`` at once. None if it does not
+        """Where the open beam will rest after ``asked``, charged for ``parked_max_s`` at once. None if it does not
         rest anywhere new, or without that limit."""
         if self.parked_max_s is None:
             return None

@@ -416,11 +416,11 @@ class NionInstrument:
 
     def _image(self, asked: Image) -> Exposure:
         if asked.detector not in self._channels:
-            raise InstrumentError(
+            raise LimitError(
                 f"there is no detector {asked.detector!r} here; there are {', '.join(self._channels)}."
             )
         if self._setup.square_pixels and not _square(asked):
-            raise InstrumentError(
+            raise LimitError(
                 f"{self._setup.name} scans square pixels; {asked.pixel_m[0]:g} x {asked.pixel_m[1]:g} m were asked."
             )
         part = self._view.subscan(asked)
