@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("nion.usim_device", reason="the extra nion is not installed")
 
+from instrument.conformance import InstrumentConformance
 from stemloop.core.errors import Aborted, InputError, InstrumentError, LimitError
 from stemloop.core.instruction import Blank, Diffraction, Image, Optics, Probe, Report, Stage
 from stemloop.instrument.nion.adapter import NionInstrument
@@ -208,3 +209,9 @@ def test_the_process_ends_and_leaves_no_thread():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.stdout == "['MainThread']\n", done.stderr
+
+
+class TestConformance(InstrumentConformance):
+    @pytest.fixture
+    def instrument(self, nion, alone):
+        return nion

@@ -107,7 +107,9 @@ def _announce(name: str, directory: Path, ended: threading.Event, tell: Callable
     while not ended.wait(0.05):
         with contextlib.suppress(OSError, ValueError, KeyError):
             address = json.loads((directory / "address.json").read_text())
-            tell(f"{name}: {address.get('scheme', 'ws')}://{address['host']}:{address['port']}, memory in {directory}. Ctrl-C ends it.")
+            tell(
+                f"{name}: {address.get('scheme', 'ws')}://{address['host']}:{address['port']}, memory in {directory}. Ctrl-C ends it."
+            )
             return
 
 

@@ -372,7 +372,7 @@ class NionInstrument:
             self._view.fraction((corner[0], corner[1]))
         parameters, total = self._frame_parameters(asked), asked.exposed_positions
         frames: NDArray[Any] | None = None
-        started_s = time.time()
+        began_s = 0.0
         for index, position in enumerate(asked.positions_m):
             if self._aborted.is_set():
                 raise Aborted(f"the command was aborted after {index} of {total} positions.", index)
@@ -380,7 +380,8 @@ class NionInstrument:
             self._park(position)
             if self._setup.settle_s:
                 time.sleep(self._setup.settle_s)
-            frame = self._one(source, parameters, commanded_s)
+            frame, at_s = self._one(source, parameters, commanded_s)
+            began_s = began_s or at_s
             self._account(asked.dwell_s, 1)
             if frame is None:
                 raise Aborted(f"the command was aborted at position {index + 1} of {total}.", index + 1)
@@ -390,11 +391,11 @@ class NionInstrument:
             if self.progress is not None:
                 self.progress(index + 1, total)
         assert frames is not None
-        return self._exposed_frames(asked, frames, started_s, self._points_calibration(asked))
+        return self._exposed_frames(asked, frames, began_s, self._points_calibration(asked))
 
-    def _one(self, source: Any, parameters: Any, commanded_s: float) -> NDArray[Any] | None:
-        """One frame of a camera that was begun now, or None if it was cancelled: Nion's device kit then answers with
-        the frame before and calls it complete."""
+    def _one(self, source: Any, parameters: Any, commanded_s: float) -> tuple[NDArray[Any] | None, float]:
+        """One frame of a camera that was begun now, and when [s since 1970]; None for a frame that was cancelled:
+        Nion's device kit then answers with the frame before and calls it complete."""
         source.acquire_sequence_prepare(1)
         data = source.acquire_sequence_begin(parameters, 1)
         try:
@@ -404,7 +405,7 @@ class NionInstrument:
             source.acquire_sequence_end()
         self._raise_failure()
         if data.is_canceled or self._aborted.is_set():
-            return None
+            return None, commanded_s
         frame = data.xdata
         began = frame.timestamp.replace(tzinfo=datetime.UTC).timestamp()
         if began < commanded_s - self._setup.slack_s - 1e-6:  # Nion's times are whole microseconds
@@ -412,13 +413,11 @@ class NionInstrument:
                 f"{source.display_name} gave a frame that began {commanded_s - began:.3g} s before the command; "
                 "it is not used."
             )
-        return np.array(frame.data[0])
+        return np.array(frame.data[0]), began
 
     def _image(self, asked: Image) -> Exposure:
         if asked.detector not in self._channels:
-            raise LimitError(
-                f"there is no detector {asked.detector!r} here; there are {', '.join(self._channels)}."
-            )
+            raise LimitError(f"there is no detector {asked.detector!r} here; there are {', '.join(self._channels)}.")
         if self._setup.square_pixels and not _square(asked):
             raise LimitError(
                 f"{self._setup.name} scans square pixels; {asked.pixel_m[0]:g} x {asked.pixel_m[1]:g} m were asked."
@@ -504,7 +503,8 @@ class NionInstrument:
             wide = np.rint(frames)
             frames = wide.astype(np.uint16 if wide.max(initial=0) < 2**16 else np.uint32)
         number = electrons(state.get("current_A", 0.0), asked.dwell_s)
-        return Exposure(frames, number, state, {**common, "dwell_s": asked.dwell_s, **calibration})
+        calibrated = {**common, "dwell_s": asked.dwell_s, **calibration}
+        return Exposure(frames, number, state, calibrated, began_s=began_s, ended_s=time.time())
 
     def _account(self, dwell_s: float, positions: int) -> None:
         self._exposed["electrons"] += electrons(self._read("current_A") or 0.0, dwell_s) * positions
