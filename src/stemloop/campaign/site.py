@@ -44,7 +44,7 @@ from stemloop.core.errors import (
 from stemloop.core.instruction import Instruction
 from stemloop.core.protocols import Exposure
 from stemloop.instrument.client import Client, connect
-from stemloop.instrument.spool import DirectoryLock
+from stemloop.instrument.files import DirectoryLock
 from stemloop.stream.channel import Receiver
 from stemloop.stream.landing import LandingLog
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from stemloop.commands import facility
+
 
 def add(verbs: Any) -> None:
     """Add the verb ``instrument`` and the verbs below it."""
@@ -13,6 +15,8 @@ def add(verbs: Any) -> None:
 
     schema = actions.add_parser("schema", help="print the JSON Schema of the instructions")
     schema.set_defaults(do=_schema)
+
+    facility.add(actions)
 
 
 def _schema(words: argparse.Namespace) -> int:

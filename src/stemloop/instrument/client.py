@@ -31,7 +31,7 @@ from stemloop.instrument import wire
 from stemloop.instrument.connection import DROPPED, Address, Connection
 from stemloop.instrument.cost import Cost, Costs
 from stemloop.instrument.progress import Progress, show
-from stemloop.instrument.session import ROLES
+from stemloop.instrument.tokens import ROLES
 from stemloop.instrument.words import Words
 
 __all__ = ["Address", "Client", "connect"]

@@ -33,7 +33,7 @@ from stemloop.core.instruction import (
     Spectrum,
     Stage,
 )
-from stemloop.core.protocols import Exposure
+from stemloop.core.protocols import Exposure, Reporting
 from stemloop.instrument.subject import Bare, Nonconforming, Subject
 
 #: How far a control is moved, from the largest step to the smallest that is tried, by the unit of its name.
@@ -55,6 +55,8 @@ _OWN_STEPS = {
 #: A reported value equals the one that was set within this part of it, where the instrument declares no resolution.
 RELATIVE = 1e-9
 _RATE_WAIT_S = (0.2, 1.0, 3.0)
+#: A command is aborted this long after it was sent, and must have ended this long after that [s].
+_ABORT_AFTER_S, _HEARS_S = 0.05, 2.0
 
 
 def _wrong(what: str) -> Nonconforming:
@@ -207,6 +209,11 @@ def controls(subject: Subject) -> Iterator[tuple[str, Callable[[Any], Instructio
             for entry in dataclasses.fields(cls):
                 if state.get(prefix + entry.name) is not None:
                     yield prefix + entry.name, _setter(cls, entry.name)
+    if "detector" in subject.info.instructions:
+        for device in ("camera", "eels", *subject.info.detectors):
+            for entry in dataclasses.fields(Detector):
+                if state.get(f"{device}_{entry.name}") is not None:
+                    yield f"{device}_{entry.name}", _setter(Detector, entry.name, name=device)
     if "field" in subject.info.instructions:
         if state.get("field_rotation_rad") is not None:
             yield "field_rotation_rad", _setter(Field, "rotation_rad")
@@ -215,8 +222,8 @@ def controls(subject: Subject) -> Iterator[tuple[str, Callable[[Any], Instructio
             yield "field_width_m", lambda v: Field(extent_m=(subject.scope.state()["field_height_m"], v))
 
 
-def _setter(cls: type[Instruction], name: str) -> Callable[[Any], Instruction]:
-    return lambda value: cls(**{name: value})
+def _setter(cls: type[Instruction], field: str, **rest: Any) -> Callable[[Any], Instruction]:
+    return lambda value: cls(**{field: value, **rest})
 
 
 def _settings(subject: Subject) -> dict[str, Any]:
@@ -313,6 +320,12 @@ def _probe_round_trip(subject: Subject, equal: list[str], different: list[str]) 
 
 def _steps(subject: Subject, name: str, before: Any) -> Iterator[Any]:
     """Values near the present one, the furthest first."""
+    if name.endswith("_binning"):
+        yield from ((2, 2), (4, 4), before) if tuple(before) == (1, 1) else ((1, 1), before)
+        return
+    if isinstance(before, bool):
+        yield not before
+        return
     steps = _OWN_STEPS.get(name) or STEPS.get(name.rsplit("_", 1)[1], (0.0,))
     limit = (subject.limits.get("controls") or {}).get(name) or {}
     for step in steps:
@@ -476,7 +489,7 @@ def _outside_limits(subject: Subject, middle: Position) -> Iterator[tuple[str, I
     if "blank" in subject.info.instructions and limits.get("unblank") is False:
         yield "a beam left open", Blank(False)
     if "image" in subject.info.instructions:
-        known = getattr(subject.info, "detectors", ("HAADF",))
+        known = subject.info.detectors
         for detector in ("BF", "ABF", "ADF", "HAADF"):
             if detector not in known:
                 asked = subject.frame_at("image", middle, 1e-6)
@@ -560,28 +573,72 @@ def repeated_ids_expose_once(subject: Subject) -> dict[str, Any]:
     return {"tried": tried}
 
 
-def abort_ends(subject: Subject, positions: int = 2000) -> dict[str, Any]:
-    """A long exposure that is aborted raises ``Aborted``, and the next command works. For what can be aborted."""
-    abort = getattr(subject.scope, "abort", None) or getattr(getattr(subject.scope, "instrument", None), "abort", None)
+def abort_ends(subject: Subject) -> dict[str, Any]:
+    """A long exposure that is aborted raises ``Aborted``, and the next command works. For what can be aborted.
+
+    What ends within a moment of the abort may have been over before it was heard; then a longer one is tried.
+    """
+    bare = subject.scope.instrument if isinstance(subject.scope, Bare) else None
+    abort = getattr(bare or subject.scope, "abort", None)
     points = [kind for kind in subject.kinds() if kind != "image"]
     if abort is None or not points:
         return {"abort": "not declared"}
-    kind = points[0]
+    kind, verdict = points[0], "it ended before an abort could reach it"
     places = subject.places(16, kind)
     cls = Diffraction if kind == "diffraction" else Spectrum
-    asked = cls(tuple(places[i % len(places)] for i in range(positions)), subject.dwells(kind)[0])
-    timer = threading.Timer(0.05, abort)
-    with opened(subject):
-        timer.start()
-        try:
-            subject.ask(asked)
-        except Aborted as error:
-            verdict = str(error)
-        else:
+    for positions in _longer(subject, kind):
+        asked = cls(tuple(places[i % len(places)] for i in range(positions)), subject.dwells(kind)[0])
+        with opened(subject), _aborting(bare, abort) as called:
+            try:
+                subject.ask(asked)
+            except Aborted as error:
+                verdict = str(error)
+                break
+            over = called and time.monotonic() - called[0] > _HEARS_S
+        if over or (bare is not None and isinstance(bare, Reporting)):
             raise _wrong(f"a {kind} of {positions} positions was aborted and went on to its end.")
-        finally:
-            timer.join()
     with opened(subject):
         again = subject.frame_at(kind, places[0], subject.dwells(kind)[0])
         check_frames(subject, again, subject.ask(again))
     return {"abort": verdict}
+
+
+def _longer(subject: Subject, kind: str) -> Iterator[int]:
+    """Numbers of positions, each four times the one before, within what a server lets one command bring."""
+    camera, loss = subject.info.camera, subject.info.energy_loss
+    values = math.prod(camera.shape) if kind == "diffraction" and camera else loss[2] if loss else 1
+    most = int(float(subject.limits.get("frame_bytes_max") or 2**27) / (8 * values))
+    for positions in (250, 1000, 4000, 16000):
+        if positions < most:
+            yield positions
+        else:
+            yield most
+            return
+
+
+@contextlib.contextmanager
+def _aborting(bare: Any, abort: Callable[[], Any]) -> Iterator[list[float]]:
+    """Abort while something runs: a bare instrument that reports its progress at its first word, any other soon. Gives
+    the time at which it was called."""
+    called: list[float] = []
+
+    def call(*_: Any) -> None:
+        if not called:
+            called.append(time.monotonic())
+            with contextlib.suppress(Refused, InstrumentError):  # it has ended already
+                abort()
+
+    if bare is not None and isinstance(bare, Reporting):
+        before, bare.progress = bare.progress, call
+        try:
+            yield called
+        finally:
+            bare.progress = before
+        return
+    timer = threading.Timer(_ABORT_AFTER_S, call)
+    timer.start()
+    try:
+        yield called
+    finally:
+        timer.cancel()
+        timer.join()

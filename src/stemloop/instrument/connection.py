@@ -26,7 +26,7 @@ from websockets.sync.client import connect as open_websocket
 
 from stemloop.core.errors import InputError, InstrumentError, NotAuthorised, StemloopError, from_code
 from stemloop.instrument import wire
-from stemloop.instrument.session import ROLES
+from stemloop.instrument.tokens import ROLES
 
 #: What a cut line looks like.
 DROPPED = (OSError, WebSocketException, TimeoutError)

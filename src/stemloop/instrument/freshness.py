@@ -169,6 +169,7 @@ def watch_moves(subject: Subject, places: Places, moves: int) -> Freshness:
     """Move the beam ``moves`` times between the places; never to the place where it is."""
     found = Freshness(moves, len(places.positions), places.kind, places.dwell_s)
     begin, here = len(subject.moments), 0
+    _shown(subject, places.kind, places.positions[here], places.dwell_s)
     for move in range(moves):
         there = int(subject.rng.integers(len(places.positions) - 1))
         there += there >= here
@@ -177,7 +178,7 @@ def watch_moves(subject: Subject, places: Places, moves: int) -> Freshness:
         here = there
     if places.kind != "image":
         for batch in range(_BATCHES):
-            _watch_batch(subject, places, found, f"batch {batch}")
+            here = _watch_batch(subject, places, found, here, f"batch {batch}")
     found.clock = clock_contradictions(subject.moments[begin:])
     return found
 
@@ -190,16 +191,18 @@ def _note(found: Freshness, places: Places, frame: NDArray[np.float64], own: int
         found.stale.append({"where": where, "place": own, "looks_like": looks, "place_before": before})
 
 
-def _watch_batch(subject: Subject, places: Places, found: Freshness, where: str) -> None:
-    """Several places in one command: each frame is that of its own place, in the order asked."""
+def _watch_batch(subject: Subject, places: Places, found: Freshness, here: int, where: str) -> int:
+    """Several places in one command: each frame is that of its own place, in the order asked. Returns the last."""
     order = subject.rng.permutation(len(places.positions))
     positions = tuple(places.positions[index] for index in order)
     cls = Diffraction if places.kind == "diffraction" else Spectrum
     exposure = subject.ask(cls(positions, places.dwell_s))
     if exposure.frames is None or len(exposure.frames) != len(order):
         raise Nonconforming(f"{len(order)} places were asked; {_count(exposure.frames)} frames came.")
-    for index, (own, before) in enumerate(zip(order, [order[-1], *order[:-1]], strict=True)):
-        _note(found, places, _flat(exposure.frames[index]), int(own), int(before), f"{where}, frame {index}")
+    for index, own in enumerate(order.tolist()):
+        _note(found, places, _flat(exposure.frames[index]), own, here, f"{where}, frame {index}")
+        here = own
+    return here
 
 
 def clock_contradictions(moments: list[Moment]) -> list[str]:

@@ -1,6 +1,7 @@
 """The one door to the instrument: every command passes role, lease, limits and dose before it meets the hardware.
 
-A :class:`Guard` is called from one thread, the instrument's. The order of its steps is the safety of the whole:
+A :class:`Guard` is called from one thread, the instrument's, but for what says otherwise. The order of its steps is
+the safety of the whole:
 an id that was executed before is answered from the spool; the lease and its fencing number are checked where the
 command is carried out, not where it arrived; the dose is reserved and the intent is durable before the exposure; the
 result is durable before the reply.
@@ -10,17 +11,21 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from numpy.typing import NDArray
 
 from stemloop.core import units
 from stemloop.core.errors import (
     Aborted,
     InputError,
     InstrumentError,
+    LeaseError,
     LimitError,
     OutcomeUnknown,
     Refused,
@@ -28,24 +33,31 @@ from stemloop.core.errors import (
     from_code,
 )
 from stemloop.core.instruction import Blank, Image, Instruction, Report
-from stemloop.core.protocols import Batch, Exposure, FrameSink, Instrument
+from stemloop.core.protocols import Abortable, Batch, Exposure, FrameSink, Instrument, Reporting
 from stemloop.core.record import content_hash
 from stemloop.instrument import wire
+from stemloop.instrument.audit import Audit, Head
 from stemloop.instrument.dose import DoseLedger
+from stemloop.instrument.lease import LeaseDesk
 from stemloop.instrument.limits import Limits, LimitsWatch
 from stemloop.instrument.plan import PlanReport, check_plan, current_A
-from stemloop.instrument.session import Identity, LeaseDesk
-from stemloop.instrument.spool import Audit, Spool
+from stemloop.instrument.spool import Spool
+from stemloop.instrument.tokens import Identity
 
 _log = logging.getLogger(__name__)
 
 _MAX_ID_LENGTH = 200
 _AUDITED_POSITIONS = 16
+_PROGRESS_S = 0.1
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command as it arrived: ``data`` is ``inline`` (frames in the reply) or ``stream`` (through the sink)."""
+    """One command as it arrived.
+
+    ``data`` is ``inline`` (frames in the reply), ``stream`` (through the sink) or ``reference`` (kept on the
+    instrument's side; the reply has their hash, and they are fetched by the command's id).
+    """
 
     who: Identity
     lease_id: str | None
@@ -103,18 +115,70 @@ class Guard:
         self._audit = audit
         self._sink = sink
         self._blank_failed = False
+        self._lock = threading.Lock()  # the instrument's command begins, is aborted and ends under it
+        self._running: Command | None = None
+        self._told_s = 0.0
+        self.on_progress: Callable[[Command, int, int], None] = lambda command, done, of: None
+        if isinstance(instrument, Reporting):
+            instrument.progress = self._progress
         if spool.state is not None:
             instrument.restore(spool.state)
             desk.unattended = True
+        self.epoch = 0
+        self.last_state: tuple[float, dict[str, Any]] = (time.time(), self.state())
 
     def state(self) -> dict[str, Any]:
         """The instrument's state vector."""
         with _instrument_errors():
-            return self._instrument.state()
+            state = self._instrument.state()
+        self.last_state = (time.time(), state)
+        return state
+
+    # ----------------------------------------------------------------------------------- calls from any thread
+
+    @property
+    def running(self) -> Command | None:
+        """The command that the instrument carries out now."""
+        return self._running
+
+    @property
+    def audit_head(self) -> Head:
+        """Where the audit log ends now."""
+        return self._audit.head
+
+    def can_abort(self) -> bool:
+        """Whether the instrument can end a running command early."""
+        return isinstance(self._instrument, Abortable)
+
+    def abort(self, running: Command) -> bool:
+        """Ask the instrument to end ``running`` early; False if that is not under way or cannot be ended."""
+        with self._lock:
+            if self._running is not running or not isinstance(self._instrument, Abortable):
+                return False
+            with _instrument_errors():
+                self._instrument.abort()
+            return True
+
+    def fetch(self, key: str, first: int = 0, count: int | None = None) -> NDArray[Any]:
+        """Frames ``first`` to ``first + count`` of the exposure with the command id ``key``, out of the spool."""
+        kept = self._spool.find(key)
+        frames: NDArray[Any] | None = ((kept or {}).get("exposure") or {}).get("frames")
+        if frames is None:
+            raise InputError(f"no frames are kept under the key {key!r:.80}: give the id of an exposure made here.")
+        if first < 0 or (count is not None and count < 0) or first > len(frames):
+            raise InputError(f"{key!r:.80} has {len(frames)} frames; {count} from {first} on were asked.")
+        return frames[first : None if count is None else first + count]
 
     def note(self, event: str, who: str, **entry: Any) -> None:
         """Write an event that is no instruction into the audit log."""
         self._audit.write(event=event, who=who, **entry)
+
+    def _progress(self, done: int, of: int) -> None:
+        now = time.monotonic()
+        command = self._running
+        if command is not None and (done >= of or now - self._told_s >= _PROGRESS_S):
+            self._told_s = now
+            self.on_progress(command, done, of)
 
     def blank(self, reason: str) -> None:
         """Blank the beam because nobody drives. Raises ``InstrumentError`` if the instrument will not."""
@@ -135,45 +199,79 @@ class Guard:
     def execute(self, command: Command) -> dict[str, Any]:
         """Carry out one command: the reply's fields, or one of the errors of ``core.errors``. Audited either way."""
         started = time.perf_counter()
-        verdict, result = "done", None
+        verdict, exposed = "failed", False
+        reply: dict[str, Any] = {}
         try:
-            reply, result = self._execute(command)
+            reply, exposed = self._execute(command)
+            verdict = "done"
             return reply
         except StemloopError as error:
             verdict = error.code
             raise
         finally:
-            self.note(
-                "execute",
-                command.who.name,
+            self._audit.write(
+                durable=exposed,
+                event="execute",
+                who=command.who.name,
+                token=command.who.token_id,
                 fencing=command.fencing,
                 id=command.command_id,
                 instruction=_audited(command.instruction),
                 limits=self.limits.content_hash,
                 verdict=verdict,
-                result=result,
+                result=reply.get("sha256"),
+                epoch=reply.get("epoch"),
                 latency_s=time.perf_counter() - started,
             )
 
-    def _execute(self, command: Command) -> tuple[dict[str, Any], str | None]:
+    def _execute(self, command: Command) -> tuple[dict[str, Any], bool]:
+        """The reply, and whether the beam met the sample for it now."""
         command.who.require("agent", "command the microscope")
         if not 0 < len(command.command_id) <= _MAX_ID_LENGTH:
             raise InputError(f"a command id has 1 to {_MAX_ID_LENGTH} characters; got {len(command.command_id)}.")
-        if command.data not in ("inline", "stream"):
-            raise InputError(f"data must be 'inline' or 'stream'; got {command.data!r:.40}.")
+        if command.data not in ("inline", "stream", "reference"):
+            raise InputError(f"data must be 'inline', 'stream' or 'reference'; got {command.data!r:.40}.")
         if command.data == "stream" and self._sink is None:
             raise InputError("this server was given no stream for frames; ask with data='inline'.")
         asked = wire.instruction_from_message(command.instruction)
+        command.who.require_kind(asked.kind)
         first = self._spool.find(command.command_id)
         if first is not None:
-            return self._repeat(command, asked, first)
+            return self._repeat(command, asked, first), False
         self.desk.check(command.lease_id, command.fencing)
         if self.desk.unattended:
             self.blank("the lease changed hands")
         exposure = self._expose(command, asked) if asked.exposes else self._act(command, asked)
-        return self._reply(command, exposure)
+        if asked.exposes and not self.desk.holds(command.lease_id):
+            raise Aborted(
+                f"the lease of {command.who.name} ended while {command.command_id!r:.80} ran, which could not be ended "
+                "early: it was exposed to its end, counts, and is kept under its id."
+            )
+        return self._reply(command, exposure), asked.exposes
 
-    def _repeat(self, command: Command, asked: Instruction, first: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    def _carry_out(self, command: Command, asked: Instruction) -> Exposure:
+        """Give the instrument a command, in the name of a lease that is valid at this moment."""
+        epoch = self._spool.epoch()
+        with self._lock:
+            self.desk.check(command.lease_id, command.fencing)
+            self._running = command
+        self.epoch = epoch
+        began = time.time()
+        try:
+            exposure = self._instrument.execute(asked, key=command.command_id)
+        finally:
+            with self._lock:
+                self._running = None
+        ended = time.time()
+        self.last_state = (ended, exposure.state)
+        return replace(
+            exposure,
+            epoch=exposure.epoch or epoch,
+            began_s=exposure.began_s or began,
+            ended_s=exposure.ended_s or ended,
+        )
+
+    def _repeat(self, command: Command, asked: Instruction, first: dict[str, Any]) -> dict[str, Any]:
         if wire.instruction_from_message(first["instruction"]) != asked:
             raise InputError(
                 f"the command id {command.command_id!r} was used for another instruction "
@@ -194,7 +292,7 @@ class Guard:
             self.ledger.reserve(name, electrons, self.ledger.footprint(spot, self.info, state))
             settled = self.ledger.settle(name)  # in advance: the beam may rest so long, whatever becomes of us
         with _instrument_errors():
-            exposure = self._instrument.execute(asked, key=name)
+            exposure = self._carry_out(command, asked)
         if not isinstance(asked, Report):
             message = wire.instruction_to_message(asked)
             self._spool.result(name, message, settled, exposure=exposure, durable=settled > 0)
@@ -221,8 +319,12 @@ class Guard:
             raise
         try:
             with _instrument_errors(), self._beam(name):
-                exposure = self._instrument.execute(asked, key=name)
+                exposure = self._carry_out(command, asked)
                 self._check(asked, exposure)
+        except LeaseError:  # somebody took over at the last moment: the instrument was not asked
+            self.ledger.settle(name, 0.0)
+            self._spool.cancel(name)
+            raise
         except StemloopError as error:
             done = self._exposed(asked, error)
             if done is None:
@@ -303,12 +405,20 @@ class Guard:
         if not (math.isfinite(exposure.electrons) and exposure.electrons >= 0):
             raise InstrumentError(f"the instrument reported {exposure.electrons!r} electrons for {asked.kind}.")
 
-    def _reply(self, command: Command, exposure: Exposure) -> tuple[dict[str, Any], str | None]:
+    def _reply(self, command: Command, exposure: Exposure) -> dict[str, Any]:
         reply = wire.exposure_to_message(exposure)
         frames = exposure.frames
         if frames is None:
-            return reply, None
-        digest = content_hash(frames)
+            return reply
+        reply["sha256"] = digest = content_hash(frames)
+        if command.data == "reference":
+            reference = {
+                "key": command.command_id,
+                "sha256": digest,
+                "shape": list(frames.shape),
+                "dtype": frames.dtype.str,
+            }
+            return {**reply, "frames": None, "reference": reference}
         if command.data == "stream" and self._sink is not None:
             numbers = self._spool.streamed(command.command_id, command.instruction["kind"], len(frames))
             meta = {
@@ -318,10 +428,12 @@ class Guard:
                 "state": exposure.state,
                 "calibration": exposure.calibration,
                 "sha256": digest,
+                "epoch": exposure.epoch,
+                "limits": self.limits.content_hash,
             }
             self._send(Batch(numbers["stream"], numbers["first"], frames, wire.plain(meta)))
-            reply = {**reply, "frames": None, "calibration": {**exposure.calibration, **numbers}}
-        return {**reply, "sha256": digest}, digest
+            return {**reply, "frames": None, "calibration": {**exposure.calibration, **numbers}}
+        return reply
 
     def _send(self, batch: Batch) -> None:
         assert self._sink is not None
@@ -332,6 +444,15 @@ class Guard:
                 f"the frames {batch.first} to {batch.first + len(batch.frames) - 1} of {batch.stream!r} were taken and "
                 f"are kept, but the stream failed ({error}): repeat the same command id to send them again."
             ) from error
+
+
+def _charge(error: StemloopError, electrons: float) -> float | None:
+    """Electrons to charge for an exposure that failed: none if the instrument says so, None for all reserved."""
+    if isinstance(error, (Refused, InputError)):  # its word that nothing was exposed
+        return 0.0
+    if isinstance(error, Aborted) and error.exposed is not None:
+        return electrons * error.exposed
+    return None
 
 
 @contextmanager

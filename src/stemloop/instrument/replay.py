@@ -231,12 +231,19 @@ class Replay:
                 return self._exposure(self._frames(instruction), instruction, angles)
             case Probe():
                 y, x = instruction.position_m
+                self._inside(y, x)
                 self._state.update(probe_y_m=float(y), probe_x_m=float(x))
             case Blank():
                 self._state["blanked"] = instruction.blanked
             case Field():
                 self._choose(instruction)
         return Exposure(None, 0.0, self.state())
+
+    def _inside(self, y: float, x: float) -> None:
+        """Refuse a position outside the chosen field."""
+        height, width = chosen(self._state, self._info.field_m)[0]
+        if not (0 <= y <= height and 0 <= x <= width):
+            raise LimitError(f"(y, x) = ({y:g}, {x:g}) m is outside the field of {height:g} x {width:g} m.")
 
     def _choose(self, asked: Field) -> None:
         if asked.rotation_rad:

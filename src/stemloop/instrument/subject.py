@@ -173,7 +173,7 @@ class Subject:
             origin.append(first * pixel)
             extent.append(count * pixel)
             shape.append(count)
-        detector = getattr(self.info, "detectors", ("HAADF",))[0]
+        detector = (self.info.detectors or ("HAADF",))[0]
         return Image((origin[0], origin[1]), (extent[0], extent[1]), (shape[0], shape[1]), dwell_s, detector)
 
     def dwells(self, kind: str) -> list[float]:

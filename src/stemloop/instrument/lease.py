@@ -1,88 +1,16 @@
-"""Who may drive the microscope: pure logic without any network.
-
-:class:`Tokens` says who speaks, :class:`LeaseDesk` who drives. A refusal is one of the
-:class:`~stemloop.core.errors.Refused` errors; its message says what was asked, what the limit is, and what to do.
-"""
+"""Who drives: an exclusive lease with a time to live and a fencing number. Pure logic without any network."""
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from stemloop.core.errors import InputError, LeaseError, NotAuthorised
-
-# ------------------------------------------------------------------------------------------------------ who speaks
-
-#: From the weakest to the strongest: a viewer looks, an agent (a program) drives, an operator (a person) takes over.
-ROLES = ("viewer", "agent", "operator")
-MIN_TOKEN_LENGTH = 16
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Who holds a token: ``name`` is ``role`` or ``role:person``."""
-
-    name: str
-    role: str
-
-    @property
-    def rank(self) -> int:
-        """0 for a viewer, 1 for an agent, 2 for an operator."""
-        return ROLES.index(self.role)
-
-    def require(self, role: str, what: str) -> None:
-        """Raise ``NotAuthorised`` unless this role is at least ``role``."""
-        if self.rank < ROLES.index(role):
-            raise NotAuthorised(
-                f"{self.name} may not {what}: that needs the role {role}. Connect with the token of one."
-            )
-
-
-class Tokens:
-    """Tells identities by their tokens; keeps the SHA-256 of each token only.
-
-    ``tokens`` maps ``role`` or ``role:person`` to a secret of at least 16 characters.
-    """
-
-    def __init__(self, tokens: Mapping[str, str]) -> None:
-        self._identities: dict[bytes, Identity] = {}
-        for name, token in tokens.items():
-            role = name.split(":", 1)[0]
-            if role not in ROLES:
-                raise InputError(f"token {name!r}: the role must be one of {', '.join(ROLES)}.")
-            if not isinstance(token, str) or len(token) < MIN_TOKEN_LENGTH:
-                raise InputError(
-                    f"the token of {name!r} is shorter than {MIN_TOKEN_LENGTH} characters; make it longer."
-                )
-            self._identities[self._hash(token)] = Identity(name, role)
-        if len(self._identities) != len(tokens):
-            raise InputError("two names share one token; give each its own.")
-
-    @staticmethod
-    def make() -> dict[str, str]:
-        """New random tokens, one for each role."""
-        return {role: secrets.token_urlsafe(32) for role in ROLES}
-
-    @staticmethod
-    def _hash(token: str) -> bytes:
-        return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
-
-    def identify(self, token: str) -> Identity:
-        """Whose token this is, or ``NotAuthorised``. Takes the same time for any wrong token."""
-        given = self._hash(token)
-        found = [identity for kept, identity in self._identities.items() if hmac.compare_digest(kept, given)]
-        if not found:
-            raise NotAuthorised("the token is not known here; read it from tokens.json in the server's directory.")
-        return found[0]
-
-
-# ----------------------------------------------------------------------------------------------------- who drives
+from stemloop.core.errors import InputError, LeaseError
+from stemloop.instrument.tokens import Identity
 
 #: Shortest and longest time to live of a lease [s].
 TTL_RANGE_S = (0.1, 3600.0)
@@ -90,7 +18,10 @@ TTL_RANGE_S = (0.1, 3600.0)
 
 @dataclass
 class Lease:
-    """The right to drive. ``fencing`` grows with every lease ever given; ``lease_id`` is its secret."""
+    """The right to drive. ``fencing`` grows with every lease ever given; ``lease_id`` is its secret.
+
+    ``running`` counts its commands under way, ``away`` says that its holder's connection is gone.
+    """
 
     lease_id: str
     holder: Identity
@@ -98,14 +29,16 @@ class Lease:
     ttl_s: float
     deadline: float
     running: int = 0
+    away: bool = False
 
 
 class LeaseDesk:
     """Gives the microscope to one at a time.
 
-    A lease lives ``ttl_s`` seconds from its last use and as long as a command runs under it. Every command carries the
-    lease's fencing number, so that a client that was away cannot act after somebody else took over. A higher role may
-    take a live lease over. ``unattended`` is set whenever a lease ends, however it ends, until the beam is blanked.
+    A lease lives ``ttl_s`` seconds from its last use, and as long as a command runs under it whose asker is there.
+    Every command carries the lease's fencing number, so that a client that was away cannot act after somebody else took
+    over. A higher role may take a live lease over; the old lease ends before anything else is done. ``unattended`` is
+    set whenever a lease ends, however it ends, until the beam is blanked. May be called from any thread.
 
     Parameters
     ----------
@@ -115,6 +48,12 @@ class LeaseDesk:
         Makes a new fencing number durable before it is given.
     clock : callable
         A monotonic clock [s].
+
+    Attributes
+    ----------
+    ended : callable
+        Called with each lease that ends and with who or what ended it, from whatever thread that happens in and with
+        the desk locked: it must return at once.
     """
 
     def __init__(
@@ -125,6 +64,7 @@ class LeaseDesk:
     ) -> None:
         self.fencing = fencing
         self.unattended = False
+        self.ended: Callable[[Lease, str], None] = lambda lease, by: None
         self._remember = remember
         self._clock = clock
         self._lease: Lease | None = None
@@ -141,14 +81,21 @@ class LeaseDesk:
         """End the lease if its time is over; return it if it ended now."""
         with self._lock:
             lease = self._lease
-            if lease is None or lease.running or self._clock() < lease.deadline:
+            if lease is None or (lease.running and not lease.away) or self._clock() < lease.deadline:
                 return None
-            self._end()
+            self._end("the clock")
             return lease
 
-    def _end(self) -> None:
-        self._lease = None
+    def _end(self, by: str) -> None:
+        lease, self._lease = self._lease, None
         self.unattended = True
+        if lease is not None:
+            self.ended(lease, by)
+
+    def holds(self, lease_id: str | None) -> bool:
+        """Whether ``lease_id`` is that of the valid lease; does not renew it."""
+        lease = self.lease
+        return lease is not None and lease_id is not None and hmac.compare_digest(lease.lease_id, lease_id)
 
     def acquire(self, who: Identity, ttl_s: float = 10.0, takeover: bool = False, expected: int | None = None) -> Lease:
         """Give the lease to ``who``.
@@ -180,7 +127,7 @@ class LeaseDesk:
             raise LeaseError(f"{held}: wait until it is released, or let a higher role take it over.")
         if not takeover:
             raise LeaseError(f"{held}: ask with takeover=True to take it over.")
-        self._end()
+        self._end(who.name)
 
     def adopt(self, lease_id: str, who: Identity) -> bool:
         """A client has come back with its lease: renew it. False if that lease is over."""
@@ -189,6 +136,7 @@ class LeaseDesk:
             if lease is None or lease.holder != who or not hmac.compare_digest(lease.lease_id, lease_id):
                 return False
             lease.deadline = self._clock() + lease.ttl_s
+            lease.away = False
             return True
 
     def check(self, lease_id: str | None, fencing: int | None) -> Lease:
@@ -212,27 +160,28 @@ class LeaseDesk:
             lease.deadline = self._clock() + lease.ttl_s
             return lease
 
-    @contextmanager
-    def busy(self, lease_id: str | None) -> Iterator[None]:
-        """While a command runs under the lease, the lease does not expire; its time starts again afterwards."""
+    def begin(self, lease_id: str | None) -> Lease | None:
+        """A command has come under the lease, which does not expire until :meth:`finish`."""
         with self._lock:
             lease = self.lease
             if lease is None or lease.lease_id != lease_id:
-                lease = None
-            else:
-                lease.running += 1
-        try:
-            yield
-        finally:
-            if lease is not None:
-                with self._lock:
-                    lease.running -= 1
+                return None
+            lease.running += 1
+            return lease
+
+    def finish(self, lease: Lease | None) -> None:
+        """The command has been answered; the lease's time starts again."""
+        if lease is not None:
+            with self._lock:
+                lease.running -= 1
+                if not lease.away:
                     lease.deadline = self._clock() + lease.ttl_s
 
     def away(self, lease_id: str, grace_s: float) -> None:
-        """The holder's connection is gone: it has ``grace_s`` to come back."""
+        """The holder's connection is gone: it has ``grace_s`` to come back, also while its command runs."""
         with self._lock:
             if self._lease is not None and self._lease.lease_id == lease_id:
+                self._lease.away = True
                 self._lease.deadline = min(self._lease.deadline, self._clock() + grace_s)
 
     def release(self, who: Identity, lease_id: str | None = None) -> None:
@@ -244,10 +193,10 @@ class LeaseDesk:
             own = lease_id is not None and hmac.compare_digest(lease.lease_id, lease_id)
             if not own and who.rank <= lease.holder.rank:
                 raise LeaseError(f"{lease.holder.name} holds the lease: only the holder or a higher role ends it.")
-            self._end()
+            self._end(who.name)
 
-    def drop(self) -> None:
-        """End the lease whoever holds it: the server stops."""
+    def drop(self, by: str) -> None:
+        """End the lease whoever holds it: the server stops, or the holder's token was revoked."""
         with self._lock:
             if self._lease is not None:
-                self._end()
+                self._end(by)
