@@ -12,7 +12,7 @@ pytest.importorskip("nion.usim_device", reason="the extra nion is not installed"
 
 from instrument.conformance import InstrumentConformance
 from stemloop.core.errors import Aborted, InputError, InstrumentError, LimitError
-from stemloop.core.instruction import Blank, Diffraction, Image, Optics, Probe, Report, Stage
+from stemloop.core.instruction import Blank, Diffraction, Field, Image, Optics, Probe, Report, Stage
 from stemloop.instrument.nion.adapter import NionInstrument
 from stemloop.instrument.nion.device import TWIN
 from stemloop.instrument.nion.host import find
@@ -45,9 +45,7 @@ def alone(nion):
 
 def controls(twin, names):
     """What Nion's controls say when the twin is in its first state."""
-    height, width = twin.info.field_m
-    first = {"field_height_m": height, "field_width_m": width, "field_rotation_rad": 0.0, "camera_binning": 1}
-    known = {**twin.state(), **first, "electrons": 0.0, "exposed_positions": 0}
+    known = twin.state()
     return {name: known[name] for name in names if name in known}
 
 
@@ -72,6 +70,7 @@ def test_it_is_calibrated_as_the_twin_is(nion, alone):
         Image((0.0, 0.0), (9e-9, 9e-9), (90, 80), 2e-6),
         Image((2e-9, 3e-9), (3e-9, 1e-9), (30, 20), 2e-6, rotation_rad=0.4),
         Image((2e-9, 3e-9), (1e-9, 3e-9), (20, 60), 2e-6),
+        Image((2e-9, 3e-9), (1e-9, 1e-9), (20, 20), 2e-6, "ABF"),
     ],
 )
 def test_frames_are_the_twins_own_to_the_last_count(nion, alone, asked):
@@ -95,13 +94,36 @@ def test_each_of_many_positions_is_exposed_once_in_order(nion, alone):
 
 
 def test_optics_and_stage_reach_the_twin(nion, alone):
-    for asked in (Optics(semiangle_rad=9e-3), Optics(C10_m=-5e-9), Stage(x_m=1e-10), Stage(alpha_rad=2e-3)):
+    for asked in (
+        Optics(semiangle_rad=9e-3),
+        Optics(C10_m=-5e-9),
+        Optics(C30_m=1e-6),
+        Stage(x_m=1e-10),
+        Stage(alpha_rad=2e-3),
+    ):
         nion.execute(asked, "set")
         alone.execute(asked, "set")
-    for name in ("semiangle_rad", "C10_m", "stage_x_m", "stage_alpha_rad"):
+    nion.execute(Optics(C12_m=(2e-9, -1e-9)), "pair")
+    alone.execute(Optics(C12_m=(2e-9, 0.0)), "pair")  # Nion sets the two numbers of a pair one after the other
+    alone.execute(Optics(C12_m=(2e-9, -1e-9)), "pair")
+    for name in ("semiangle_rad", "C10_m", "C12_m", "C30_m", "stage_x_m", "stage_alpha_rad"):
         assert nion.state()[name] == alone.state()[name] == nion.state()[f"inside_{name}"]
     asked = Diffraction(((4e-9, 5e-9),), 1e-3)
     np.testing.assert_array_equal(nion.execute(asked, "after").frames, alone.execute(asked, "after").frames)
+
+
+def test_a_smaller_turned_field_is_the_twins_own(nion, alone):
+    for one in (nion, alone):
+        one.execute(Field((5e-9, 4e-9), 0.6), "field")
+    for asked in (
+        Diffraction(((1e-9, 3e-9),), 1e-3),
+        Image((1e-9, 1e-9), (2e-9, 2e-9), (20, 20), 2e-6, rotation_rad=0.2),
+    ):
+        through, direct = nion.execute(asked, "turned"), alone.execute(asked, "turned")
+        np.testing.assert_array_equal(through.frames, direct.frames)
+        assert (through.state["probe_y_m"], through.state["probe_x_m"]) == pytest.approx(
+            (direct.state["probe_y_m"], direct.state["probe_x_m"]), abs=1e-20
+        )
 
 
 def test_a_refusal_of_the_twin_arrives_as_it_was_and_nothing_has_changed(nion, alone):

@@ -74,7 +74,8 @@ class Setup:
 
     name : for people. field_m : (height, width) [m] of the largest field. controls, channels : see :data:`CONTROLS`,
     :data:`CHANNELS`; a control that the microscope lacks is not offered. source_fwhm_m : size [m] of the source at the
-    specimen. binning : of the diffraction camera. sample : goes into ``info``. counts : whether frames are whole
+    specimen. binning : pixels of the diffraction
+    camera that make one pixel of ours, in both directions. sample : goes into ``info``. counts : whether frames are whole
     counts of electrons. square_pixels : whether images must have square pixels. tolerance : largest relative
     difference between a control's value and what was asked. confirm_s : how long [s] a control may take.
     settle_s : rest [s] after a move of the probe. slack_s : how much earlier than the command the clock of a camera
@@ -121,7 +122,7 @@ class NionInstrument:
         self._channels = self._find_channels()
         self._aborted = threading.Event()
         self.progress: Callable[[int, int], None] | None = None
-        self._binning = setup.binning
+        self._binning = 1
         self._last_scan: str | None = None
         self._exposed = {"electrons": 0.0, "exposed_positions": 0}
         self._view = View(setup.field_m)
@@ -144,7 +145,7 @@ class NionInstrument:
             values["blanked"] = int(bool(values["blanked"]))
         values |= {"probe_y_m": self._probe[0], "probe_x_m": self._probe[1]}
         values |= {"field_height_m": self._view.extent_m[0], "field_width_m": self._view.extent_m[1]}
-        values |= {"field_rotation_rad": self._view.rotation_rad, "camera_binning": self._binning}
+        values |= {"field_rotation_rad": self._view.rotation_rad, "camera_binning": [self._binning, self._binning]}
         inside = {} if self._inside is None else self._inside.state()
         return {**{f"inside_{name}": value for name, value in inside.items()}, **values, **self._exposed}
 
@@ -158,7 +159,7 @@ class NionInstrument:
         if self._inside is not None:
             self._inside.restore({name[7:]: value for name, value in state.items() if name.startswith("inside_")})
         self._change({entry: state[entry] for entry in self._controls})
-        self._binning = int(state["camera_binning"])
+        self._binning = int(state["camera_binning"][0])
         self._exposed = {name: state[name] for name in self._exposed}
         self._choose_view(View((state["field_height_m"], state["field_width_m"]), state["field_rotation_rad"]))
         self._park((state["probe_y_m"], state["probe_x_m"]))
@@ -234,22 +235,23 @@ class NionInstrument:
             field_m=self._setup.field_m,
             energy_eV=float(self._read("energy_eV") or 0.0),
             source_fwhm_m=self._setup.source_fwhm_m,
-            camera=None if hardware.camera is None else self._camera(),
+            camera=None if hardware.camera is None else self._camera(1),
             energy_loss=None if hardware.eels is None else self._energy_loss(),
             sample=dict(self._setup.sample),
             detectors=tuple(self._channels),
         )
 
-    def _camera(self) -> Camera:
-        """The diffraction camera as it is calibrated now."""
+    def _camera(self, binning: int) -> Camera:
+        """The diffraction camera as it is calibrated now, with ``binning`` of our pixels."""
         source, parameters = self._hardware.camera, self._frame_parameters(Diffraction(((0.0, 0.0),), 1.0))
+        parameters.binning = binning * self._setup.binning
         y, x = source.get_camera_calibrations(parameters)
         if y.units != "rad" or not math.isclose(y.scale, x.scale, rel_tol=1e-6):
             raise InstrumentError(
                 f"{source.display_name} is not calibrated in rad with square pixels (it says {y.scale} and {x.scale} "
                 f"{y.units or 'without unit'}): calibrate it in Nion Swift."
             )
-        rows, columns = source.get_expected_dimensions(self._binning)
+        rows, columns = source.get_expected_dimensions(parameters.binning)
         return Camera((int(rows), int(columns)), float(y.scale), (-y.offset / y.scale, -x.offset / x.scale))
 
     def _energy_loss(self) -> tuple[float, float, int]:
@@ -344,9 +346,10 @@ class NionInstrument:
         wanted = {name: value for name, value in vars(asked).items() if name != "name" and value is not None}
         if asked.name == "camera" and set(wanted) == {"binning"} and self._hardware.camera is not None:
             rows, columns = wanted["binning"]
-            if rows != columns or rows not in self._hardware.camera.binning_values:
-                known = ", ".join(map(str, self._hardware.camera.binning_values))
-                raise LimitError(f"the camera bins {known} pixels in both directions; got {rows} x {columns}.")
+            known = [n for n in range(1, 65) if n * self._setup.binning in self._hardware.camera.binning_values]
+            if rows != columns or rows not in known:
+                known_ones = ", ".join(map(str, known))
+                raise LimitError(f"the camera bins {known_ones} pixels in both directions; got {rows} x {columns}.")
             self._binning = int(rows)
         elif asked.name == "EELS" and set(wanted) == {"energy_offset_eV"} and self._hardware.eels is not None:
             self._change({"EELS_energy_offset_eV": wanted["energy_offset_eV"]})
@@ -481,7 +484,7 @@ class NionInstrument:
         return source.get_frame_parameters_from_dict(
             {
                 "exposure_ms": asked.dwell_s * S_TO_MS,
-                "binning": 1 if spectrum else self._binning,
+                "binning": 1 if spectrum else self._binning * self._setup.binning,
                 "processing": "sum_project" if spectrum else None,
                 "integration_count": 1,
             }
@@ -491,7 +494,7 @@ class NionInstrument:
         where = {"positions_m": np.asarray(asked.positions_m, float).tolist()}
         if isinstance(asked, Spectrum):
             return {"energy_loss": list(self._energy_loss()), "counting": self._setup.counts, **where}
-        camera = self._camera()
+        camera = self._camera(self._binning)
         return {"pixel_rad": camera.pixel_rad, "centre_px": list(camera.centre_px), **where}
 
     def _exposed_frames(
