@@ -59,7 +59,7 @@ CONTROLS: dict[str, tuple[str, ...]] = {
     "stage_z_m": ("stage_height_m",),
     "stage_alpha_rad": ("stage_tilt_rad.a",),
     "stage_beta_rad": ("stage_tilt_rad.b",),
-    "EELS_energy_offset_eV": ("ZLPoffset",),
+    "eels_energy_offset_eV": ("ZLPoffset",),
 }
 
 #: Our names of the ring detectors and the names of Nion's channels.
@@ -74,12 +74,11 @@ class Setup:
 
     name : for people. field_m : (height, width) [m] of the largest field. controls, channels : see :data:`CONTROLS`,
     :data:`CHANNELS`; a control that the microscope lacks is not offered. source_fwhm_m : size [m] of the source at the
-    specimen. binning : pixels of the diffraction
-    camera that make one pixel of ours, in both directions. sample : goes into ``info``. counts : whether frames are whole
-    counts of electrons. square_pixels : whether images must have square pixels. tolerance : largest relative
-    difference between a control's value and what was asked. confirm_s : how long [s] a control may take.
-    settle_s : rest [s] after a move of the probe. slack_s : how much earlier than the command the clock of a camera
-    may say that a sequence began (its clock may be another one's).
+    specimen. binning : pixels of the diffraction camera that make one pixel of ours, in both directions. sample : goes
+    into ``info``. counts : whether frames are whole counts of electrons. square_pixels : whether images must have
+    square pixels. tolerance : largest relative difference between a control's value and what was asked. confirm_s :
+    how long [s] a control may take. settle_s : rest [s] after a move of the probe. slack_s : how much earlier than the
+    command the clock of a camera may say that a sequence began (its clock may be another one's).
     """
 
     name: str
@@ -351,12 +350,12 @@ class NionInstrument:
                 known_ones = ", ".join(map(str, known))
                 raise LimitError(f"the camera bins {known_ones} pixels in both directions; got {rows} x {columns}.")
             self._binning = int(rows)
-        elif asked.name == "EELS" and set(wanted) == {"energy_offset_eV"} and self._hardware.eels is not None:
-            self._change({"EELS_energy_offset_eV": wanted["energy_offset_eV"]})
+        elif asked.name == "eels" and set(wanted) == {"energy_offset_eV"} and self._hardware.eels is not None:
+            self._change({"eels_energy_offset_eV": wanted["energy_offset_eV"]})
         elif wanted:
             raise InstrumentError(
                 f"{self._setup.name} cannot set {', '.join(wanted)} of {asked.name!r}; it can set the binning of "
-                "'camera' and the energy_offset_eV of 'EELS'."
+                "'camera' and the energy_offset_eV of 'eels'."
             )
         self._info = self._describe()
 
