@@ -72,7 +72,7 @@ class TestServedModel(ServedConformance):
 
     @pytest.fixture
     def address(self, served):
-        return served(instrument=Model(), idle_exit_s=2.0).directory
+        return served(instrument=Model(), idle_exit_s=0.6).directory
 
 
 class TestServedTwin(ServedConformance):
@@ -80,7 +80,7 @@ class TestServedTwin(ServedConformance):
 
     @pytest.fixture
     def address(self, served):
-        return served(instrument=Twin("MoS2", 0), idle_exit_s=2.0).directory
+        return served(instrument=Twin("MoS2", 0), idle_exit_s=0.6).directory
 
 
 class TestServedReplay(ServedConformance):
@@ -88,7 +88,7 @@ class TestServedReplay(ServedConformance):
 
     @pytest.fixture
     def address(self, served):
-        return served(instrument=Replay(recording(4), energy_eV=80e3), idle_exit_s=2.0).directory
+        return served(instrument=Replay(recording(4), energy_eV=80e3), idle_exit_s=0.6).directory
 
 
 # -------------------------------------------------------------------------------------------- the suite is tested
@@ -167,7 +167,7 @@ def test_clocks_that_differ_by_a_constant_are_no_contradiction():
 
 
 def test_an_examination_names_what_is_wrong_and_leaves_the_beam_blanked(served):
-    one = served(instrument=LiveView(), idle_exit_s=2.0)
+    one = served(instrument=LiveView(), idle_exit_s=0.6)
     with one.connect("operator") as scope:
         report = examination.examine(scope, moves=30)
     assert not report["ok"] and report["stale_frames"] >= 30 and report["beam"] == "blanked"

@@ -107,9 +107,8 @@ def _announce(name: str, directory: Path, ended: threading.Event, tell: Callable
     while not ended.wait(0.05):
         with contextlib.suppress(OSError, ValueError, KeyError):
             address = json.loads((directory / "address.json").read_text())
-            tell(
-                f"{name}: {address.get('scheme', 'ws')}://{address['host']}:{address['port']}, memory in {directory}. Ctrl-C ends it."
-            )
+            where = f"{address['scheme']}://{address['host']}:{address['port']}"
+            tell(f"{name}: {where}, memory in {directory}. Ctrl-C ends it.")
             return
 
 

@@ -78,8 +78,8 @@ def _check(words: argparse.Namespace) -> int:
         for line in ahead["does"]:
             tell(f"  - {line}")
         tell(
-            f"It takes at most {ahead['electrons_at_most']:.3g} electrons, {ahead['electrons_in_a_frame_at_most']:.3g} in "
-            f"one frame, and {ahead['beam_time_s_at_most']:.3g} s of beam; usually far less."
+            f"It takes at most {ahead['electrons_at_most']:.3g} electrons, {words.max_electrons:.3g} in one frame, "
+            f"and {ahead['beam_time_s_at_most']:.3g} s of beam; usually far less."
         )
         if sys.stdin.isatty() and not words.yes and input("Go on? [y/N] ").strip().lower() not in ("y", "yes"):
             return 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from stemloop.commands import facility
+from stemloop.commands import facility, tokens
 
 
 def add(verbs: Any) -> None:
@@ -13,10 +13,11 @@ def add(verbs: Any) -> None:
     instrument = verbs.add_parser("instrument", help="serve, check and plan for a microscope")
     actions = instrument.add_subparsers(dest="action", required=True, metavar="ACTION")
 
+    facility.add(actions)
+    tokens.add(actions)
+
     schema = actions.add_parser("schema", help="print the JSON Schema of the instructions")
     schema.set_defaults(do=_schema)
-
-    facility.add(actions)
 
 
 def _schema(words: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stemloop.core.errors import InputError, IntegrityError, LeaseError, StemloopError
+from stemloop.core.errors import Aborted, InputError, IntegrityError, LeaseError, StemloopError
 from stemloop.core.instruction import Blank, Instruction
 from stemloop.core.protocols import Exposure, InstrumentInfo
 from stemloop.instrument import wire
@@ -39,7 +39,7 @@ __all__ = ["Address", "Client", "connect"]
 #: How long [s] Ctrl-C waits for the instrument's word that a scan has ended.
 ABORT_S = 10.0
 #: Frames are fetched in pieces of about so many bytes.
-PIECE_BYTES = 16 * 2**20
+PIECE_BYTES = 64 * 2**20
 
 #: Called with (positions done, positions in all); True draws a bar.
 Watching = bool | Callable[[int, int], None]
@@ -157,6 +157,11 @@ class Client(Words, Connection):
             raise self._interrupted(command_id) from None
         except LeaseError as error:
             raise self._explained(error) from None
+        except Aborted as error:
+            if self._taken_by is None:
+                raise
+            by, number = self._taken_by
+            raise LeaseError(f"{by} took the lease over (number {number}) while this ran: {error}") from error
         if "reference" in reply:
             reply = {**reply, "frames": None, "calibration": {**reply["calibration"], "reference": reply["reference"]}}
         return reply

@@ -34,6 +34,7 @@ from stemloop.core.instruction import (
     Stage,
 )
 from stemloop.core.protocols import Exposure, Reporting
+from stemloop.instrument.limits import CONTROLS
 from stemloop.instrument.subject import Bare, Nonconforming, Subject
 
 #: How far a control is moved, from the largest step to the smallest that is tried, by the unit of its name.
@@ -475,7 +476,7 @@ def _outside_limits(subject: Subject, middle: Position) -> Iterator[tuple[str, I
     for name, setter in controls(subject):
         declared = (limits.get("controls") or {}).get(name)
         if declared is None:
-            if limits.get("controls") and not name.startswith("field_"):
+            if name in CONTROLS:
                 yield f"{name}, which the limits do not name", setter(_tuple(state[name]))
             continue
         low, high = declared["range"]

@@ -209,12 +209,15 @@ class Conversation:
         if self._waiting >= MAX_WAITING:
             raise InputError(f"{MAX_WAITING} commands of this connection wait already: wait for their replies.")
         number, guard, desk = message.get("n"), self._station.guard, self._station.desk
+        guard.admit(command)
         lease = desk.begin(self.lease_id)
         loop = asyncio.get_running_loop()
         self._waiting += 1
+        self._station.waiting += 1
 
         def finish(reply: bytes) -> None:
             self._waiting -= 1
+            self._station.waiting -= 1
             self._say(reply)
 
         def work() -> None:

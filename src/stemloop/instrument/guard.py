@@ -159,6 +159,22 @@ class Guard:
                 self._instrument.abort()
             return True
 
+    def admit(self, command: Command) -> None:
+        """Refuse at once what would be refused anyway: a command without the lease that was never carried out.
+
+        So nobody who lost the lease waits behind another's exposure to hear it. The lease is checked again where the
+        command is carried out.
+        """
+        running = self._running
+        if self._spool.knows(command.command_id) or (running and running.command_id == command.command_id):
+            return
+        try:
+            command.who.require("agent", "command the microscope")
+            self.desk.check(command.lease_id, command.fencing)
+        except StemloopError as error:
+            self._account(command, error.code, {}, 0.0)
+            raise
+
     def fetch(self, key: str, first: int = 0, count: int | None = None) -> NDArray[Any]:
         """Frames ``first`` to ``first + count`` of the exposure with the command id ``key``, out of the spool."""
         kept = self._spool.find(key)
@@ -209,20 +225,26 @@ class Guard:
             verdict = error.code
             raise
         finally:
-            self._audit.write(
-                durable=exposed,
-                event="execute",
-                who=command.who.name,
-                token=command.who.token_id,
-                fencing=command.fencing,
-                id=command.command_id,
-                instruction=_audited(command.instruction),
-                limits=self.limits.content_hash,
-                verdict=verdict,
-                result=reply.get("sha256"),
-                epoch=reply.get("epoch"),
-                latency_s=time.perf_counter() - started,
-            )
+            self._account(command, verdict, reply, time.perf_counter() - started, durable=exposed)
+
+    def _account(
+        self, command: Command, verdict: str, reply: dict[str, Any], latency_s: float, durable: bool = False
+    ) -> None:
+        """The command's line in the audit log."""
+        self._audit.write(
+            durable=durable,
+            event="execute",
+            who=command.who.name,
+            token=command.who.token_id,
+            fencing=command.fencing,
+            id=command.command_id[:_MAX_ID_LENGTH],
+            instruction=_audited(command.instruction),
+            limits=self.limits.content_hash,
+            verdict=verdict,
+            result=reply.get("sha256"),
+            epoch=reply.get("epoch"),
+            latency_s=latency_s,
+        )
 
     def _execute(self, command: Command) -> tuple[dict[str, Any], bool]:
         """The reply, and whether the beam met the sample for it now."""

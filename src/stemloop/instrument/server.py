@@ -37,12 +37,11 @@ from stemloop.instrument.limits import Limits
 from stemloop.instrument.rest import build_app
 from stemloop.instrument.spool import Spool
 from stemloop.instrument.station import Station
-from stemloop.instrument.tokens import TokenFile, Tokens, secret_file
+from stemloop.instrument.tokens import TOKENS_FILE, TokenFile, Tokens, secret_file
 
 _log = logging.getLogger(__name__)
 
 ADDRESS_FILE = "address.json"
-TOKENS_FILE = "tokens.json"
 LOCAL_FILE = "local.json"
 LIMITS_FILE = "limits.json"
 

@@ -309,6 +309,10 @@ class Spool:
             durable,
         )
 
+    def knows(self, command_id: str) -> bool:
+        """Whether the command was carried out before."""
+        return command_id in self._results or command_id in self._lost
+
     def find(self, command_id: str) -> dict[str, Any] | None:
         """How the command ended (``instruction``, ``exposure``, ``error``), read back from the disk, or None."""
         if command_id in self._lost:

@@ -30,6 +30,7 @@ _TICK_S = (0.02, 0.5)
 #: An acquire waits at most so long [s] for the beam to be blanked; a busy instrument blanks when it can.
 _BLANK_WAIT_S = 0.05
 _ABORT_AGAIN_S = 0.02
+_ABORT_TRIES = 50
 
 
 class Listener(Protocol):
@@ -88,6 +89,7 @@ class Station:
         self.desk: LeaseDesk = guard.desk
         self.listeners: set[Listener] = set()
         self.connections = 0
+        self.waiting = 0  # commands that came and were not answered
         self.visited = False
         self.last_seen = self.started = time.monotonic()
         self._grace_s = grace_s
@@ -207,12 +209,16 @@ class Station:
     async def abort(self, who: Identity, lease_id: str | None) -> bool:
         """End the running command for the lease's holder or a higher role; False if nothing runs."""
         lease = self.desk.lease
-        running = self.guard.running
         own = self.desk.holds(lease_id)
         if not own and (lease is None or who.rank <= lease.holder.rank):
             who.require("operator", "abort the command of others")
             if lease is not None:
                 raise LeaseError(f"{lease.holder.name} holds the lease: only the holder or a higher role aborts.")
+        for _ in range(_ABORT_TRIES):  # a command that is about to begin counts
+            running = self.guard.running
+            if running is not None or not self.waiting:
+                break
+            await asyncio.sleep(_ABORT_AGAIN_S)
         if running is None:
             return False
         if not self.guard.can_abort():

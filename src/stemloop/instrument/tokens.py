@@ -28,6 +28,8 @@ from stemloop.instrument.files import FileLock, write_atomically
 #: an engineer also issues and revokes tokens.
 ROLES = ("viewer", "agent", "operator", "engineer")
 MIN_TOKEN_LENGTH = 16
+#: The issued tokens, in a server's folder.
+TOKENS_FILE = "tokens.json"
 #: Longest life of an issued token [s].
 LIFE_MAX_S = 366 * 24 * 3600.0
 

@@ -39,7 +39,9 @@ from stemloop.core.signal import Signal
 from stemloop.instrument.labels import label
 from stemloop.instrument.progress import Progress
 
-NM = 1e-9
+#: Divided by, so that 10 us is 1e-5 s to the last bit.
+_NM, _MRAD, _US, _MS, _PA, _UM, _MM = 1e9, 1e3, 1e6, 1e3, 1e12, 1e6, 1e3
+_DEGREE = 180 / math.pi
 #: Frames that may take more bytes than this are left on the server and fetched in pieces.
 INLINE_BYTES = 64 * 2**20
 
@@ -56,15 +58,15 @@ def _pair(value: Any, name: str) -> tuple[float, float]:
         raise InputError(f"{name} is a pair of numbers (y, x); got {value!r:.60}.") from None
 
 
-def _scaled(value: float | None, unit: float) -> float | None:
-    return None if value is None else value * unit
+def _scaled(value: float | None, per: float) -> float | None:
+    return None if value is None else value / per
 
 
-def _both(value: tuple[float, float] | None, unit: float, name: str) -> tuple[float, float] | None:
+def _both(value: tuple[float, float] | None, per: float, name: str) -> tuple[float, float] | None:
     if value is None:
         return None
     first, second = _pair(value, name)
-    return first * unit, second * unit
+    return first / per, second / per
 
 
 class Draft:
@@ -86,20 +88,20 @@ class Draft:
         if fov_nm is None:
             extent = float(field[0]), float(field[1])
         elif np.ndim(fov_nm) == 0:
-            width = float(fov_nm) * NM  # type: ignore[arg-type]
+            width = float(fov_nm) / _NM  # type: ignore[arg-type]
             extent = width * rows / columns, width
         else:
             height, width = _pair(fov_nm, "fov_nm")
-            extent = height * NM, width * NM
+            extent = height / _NM, width / _NM
         if origin_nm is not None and center_nm is not None:
             raise InputError("give origin_nm or center_nm, not both.")
         if origin_nm is not None:
             y, x = _pair(origin_nm, "origin_nm")
-            return (y * NM, x * NM), extent, (rows, columns)
+            return (y / _NM, x / _NM), extent, (rows, columns)
         middle = (field[0] / 2, field[1] / 2)
         if center_nm is not None:
             y, x = _pair(center_nm, "center_nm")
-            middle = y * NM, x * NM
+            middle = y / _NM, x / _NM
         origin = middle[0] - extent[0] / 2, middle[1] - extent[1] / 2
         return origin, extent, (rows, columns)
 
@@ -121,14 +123,14 @@ class Draft:
         if line_nm is not None:
             start, stop, count = line_nm
             (a, b), (c, d) = _pair(start, "line_nm"), _pair(stop, "line_nm")
-            return Line((a * NM, b * NM), (c * NM, d * NM), int(count))
+            return Line((a / _NM, b / _NM), (c / _NM, d / _NM), int(count))
         if shape is not None:
             origin, extent, rows = self._rectangle(fov_nm, shape, center_nm, origin_nm)
             return Raster(origin, extent, rows, math.radians(rotation_deg))
         places = np.atleast_2d(np.asarray(at_nm, dtype=np.float64))
         if places.ndim != 2 or places.shape[1] != 2:
             raise InputError(f"at_nm is a place (y, x) or a list of them (n, 2); got the shape {places.shape}.")
-        return tuple((y * NM, x * NM) for y, x in places.tolist())
+        return tuple((y / _NM, x / _NM) for y, x in places.tolist())
 
     def image(
         self,
@@ -143,7 +145,7 @@ class Draft:
     ) -> Image:
         """An image; the words are those of :meth:`Words.image`."""
         origin, extent, size = self._rectangle(fov_nm, shape, center_nm, origin_nm)
-        return Image(origin, extent, size, dwell_us * 1e-6, detector, math.radians(rotation_deg))
+        return Image(origin, extent, size, dwell_us / _US, detector, math.radians(rotation_deg))
 
     def diffraction(
         self,
@@ -159,7 +161,7 @@ class Draft:
     ) -> Diffraction:
         """Diffraction patterns; the words are those of :meth:`Words.diffraction`."""
         places = self._places(at_nm, line_nm, fov_nm, shape, center_nm, origin_nm, rotation_deg)
-        return Diffraction(places, dwell_ms * 1e-3)
+        return Diffraction(places, dwell_ms / _MS)
 
     def spectrum(
         self,
@@ -175,12 +177,12 @@ class Draft:
     ) -> Spectrum:
         """Energy-loss spectra; the words are those of :meth:`Words.spectrum`."""
         places = self._places(at_nm, line_nm, fov_nm, shape, center_nm, origin_nm, rotation_deg)
-        return Spectrum(places, dwell_ms * 1e-3)
+        return Spectrum(places, dwell_ms / _MS)
 
     def probe(self, at_nm: Position) -> Probe:
         """Park the (blanked) probe at (y, x) [nm]."""
         y, x = _pair(at_nm, "at_nm")
-        return Probe((y * NM, x * NM))
+        return Probe((y / _NM, x / _NM))
 
     def blank(self) -> Blank:
         """Keep the beam off the sample."""
@@ -200,13 +202,12 @@ class Draft:
         beta_deg: float | None = None,
     ) -> Stage:
         """Move the stage to absolute coordinates [nm] and tilts [degrees]; what is not named stays."""
-        degree = math.pi / 180
         return Stage(
-            _scaled(x_nm, NM),
-            _scaled(y_nm, NM),
-            _scaled(z_nm, NM),
-            _scaled(alpha_deg, degree),
-            _scaled(beta_deg, degree),
+            _scaled(x_nm, _NM),
+            _scaled(y_nm, _NM),
+            _scaled(z_nm, _NM),
+            _scaled(alpha_deg, _DEGREE),
+            _scaled(beta_deg, _DEGREE),
         )
 
     def optics(
@@ -223,14 +224,14 @@ class Draft:
     ) -> Optics:
         """Change the probe-forming optics; what is not named stays. The defocus is ``-C10``."""
         return Optics(
-            semiangle_rad=_scaled(semiangle_mrad, 1e-3),
-            C10_m=_scaled(defocus_nm, -NM),
-            current_A=_scaled(current_pA, 1e-12),
-            C12_m=_both(C12_nm, NM, "C12_nm"),
-            C21_m=_both(C21_nm, NM, "C21_nm"),
-            C23_m=_both(C23_nm, NM, "C23_nm"),
-            C30_m=_scaled(C30_um, 1e-6),
-            energy_eV=_scaled(energy_keV, 1e3),
+            semiangle_rad=_scaled(semiangle_mrad, _MRAD),
+            C10_m=_scaled(defocus_nm, -_NM),
+            current_A=_scaled(current_pA, _PA),
+            C12_m=_both(C12_nm, _NM, "C12_nm"),
+            C21_m=_both(C21_nm, _NM, "C21_nm"),
+            C23_m=_both(C23_nm, _NM, "C23_nm"),
+            C30_m=_scaled(C30_um, _UM),
+            energy_eV=_scaled(energy_keV, 1e-3),
         )
 
     def field(self, fov_nm: Size | None = None, *, rotation_deg: float | None = None) -> Field:
@@ -238,8 +239,8 @@ class Draft:
         extent = None
         if fov_nm is not None:
             square = (float(fov_nm),) * 2 if np.ndim(fov_nm) == 0 else fov_nm  # type: ignore[arg-type]
-            extent = _both(square, NM, "fov_nm")  # type: ignore[arg-type]
-        return Field(extent, _scaled(rotation_deg, math.pi / 180))
+            extent = _both(square, _NM, "fov_nm")  # type: ignore[arg-type]
+        return Field(extent, _scaled(rotation_deg, _DEGREE))
 
     def detector(
         self,
@@ -263,11 +264,11 @@ class Draft:
             inserted=inserted,
             gain=gain,
             offset=offset,
-            exposure_s=_scaled(exposure_ms, 1e-3),
+            exposure_s=_scaled(exposure_ms, _MS),
             binning=bins,
-            camera_length_m=_scaled(camera_length_mm, 1e-3),
-            inner_rad=_scaled(inner_mrad, 1e-3),
-            outer_rad=_scaled(outer_mrad, 1e-3),
+            camera_length_m=_scaled(camera_length_mm, _MM),
+            inner_rad=_scaled(inner_mrad, _MRAD),
+            outer_rad=_scaled(outer_mrad, _MRAD),
             energy_offset_eV=energy_offset_eV,
             dispersion_eV=dispersion_eV,
         )
