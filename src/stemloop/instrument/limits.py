@@ -495,6 +495,8 @@ class LimitsWatch:
                 )
             used[control] = (total, now_s)
         self._used.update(used)
+        if (spot := self._limits.opened(asked, state)) is not None:
+            self._spot, self._since = spot.position_m, now_s
 
     def parked(self, state: State, now_s: float) -> str | None:
         """Why the beam must be blanked now: it rests on one spot for too long. None if it does not. Ask often."""
