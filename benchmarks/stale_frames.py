@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-sys.path = [entry for entry in sys.path if Path(entry) != Path(__file__).parent]  # coverage.py here is no package
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+sys.path.remove(str(Path(__file__).parent))  # benchmarks/coverage.py is not the package coverage
 
 import numpy as np
 from nion.utils import Geometry
@@ -60,6 +60,11 @@ def main(moves: int) -> dict[str, Any]:
         go(position)
         return np.asarray(camera.get_next_xdatas_to_start(10)[0].data)
 
+    def interrupted(position: Position) -> Frame:
+        camera.start_playing()
+        camera.get_next_xdatas_to_finish(10)
+        return adapter(position)
+
     def adapter(position: Position) -> Frame:
         exposure = nion.execute(Diffraction((position,), DWELL_S), f"move {time.perf_counter()}")
         return np.asarray(exposure.frames[0])
@@ -70,7 +75,8 @@ def main(moves: int) -> dict[str, Any]:
     camera.get_next_xdatas_to_finish(10)
     result["live view, the next frame that is finished"] = watch(next_to_finish, field_m, expected, moves)
     result["live view, the next frame that is begun"] = watch(next_to_start, field_m, expected, moves)
-    result["the adapter, a live view left running before"] = watch(adapter, field_m, expected, moves)
+    result["the adapter, a live view started before each command"] = watch(interrupted, field_m, expected, moves)
+    result["the adapter"] = watch(adapter, field_m, expected, moves)
     nion.close()
     result["machine"] = {"python": platform.python_version(), "cpus": os.cpu_count(), "load": os.getloadavg()[0]}
     return result
@@ -95,7 +101,9 @@ class Expected:
         return np.maximum(np.asarray(pattern, float), 1e-12)
 
 
-def watch(grab: Callable[[Position], Frame], field_m: tuple[float, float], expected: Expected, moves: int) -> dict[str, Any]:
+def watch(
+    grab: Callable[[Position], Frame], field_m: tuple[float, float], expected: Expected, moves: int
+) -> dict[str, Any]:
     """Go to ``moves`` random places; which of the last places does each frame show?"""
     rng = np.random.default_rng(1)
     places = [(float(y), float(x)) for y, x in rng.random((moves + 1, 2)) * field_m]
