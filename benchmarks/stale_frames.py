@@ -1,7 +1,8 @@
 """How many frames come from before the command that asked for them, asked the naive way and through the adapter.
 
 The twin stands inside Nion's own acquisition stack as scan unit and camera. The probe goes to random places; each
-frame is compared with the expected pattern of its own place and of the place before (Poisson likelihood of each).
+frame is compared with the expected pattern of its own place and of the place before (Poisson likelihood of each:
+``sum f log(n p) - n p`` with n electrons).
 Run ``python benchmarks/stale_frames.py [MOVES]``; JSON goes to the standard output and to
 ``benchmarks/results/stale_frames.json``.
 """
@@ -25,6 +26,7 @@ from nion.utils import Geometry
 from numpy.typing import NDArray
 
 from stemloop.core.instruction import Diffraction, Optics, Position
+from stemloop.core.units import electrons
 from stemloop.instrument.nion.device import TWIN
 from stemloop.instrument.nion.host import find
 from stemloop.instrument.nion.kinds import inside_nion
@@ -109,13 +111,14 @@ def watch(
     places = [(float(y), float(x)) for y, x in rng.random((moves + 1, 2)) * field_m]
     patterns: list[Frame] = [expected(places[0])]
     grab(places[0])
+    number = electrons(100e-12, DWELL_S)
     shows, seconds = {"its own place": 0, "the place before": 0}, []
     for place in places[1:]:
         began = time.perf_counter()
         frame = np.asarray(grab(place), float).reshape(patterns[-1].shape)
         seconds.append(time.perf_counter() - began)
         patterns.append(expected(place))
-        own, before = (float((frame * np.log(p)).sum()) for p in (patterns[-1], patterns[-2]))
+        own, before = (float((frame * np.log(p) - number * p).sum()) for p in (patterns[-1], patterns[-2]))
         shows["its own place" if own > before else "the place before"] += 1
         patterns = patterns[-2:]
     return {**shows, "median_ms": round(float(np.median(seconds)) * 1e3, 2)}
