@@ -8,13 +8,15 @@ from stemloop.core import units
 from stemloop.core.errors import Aborted, DoseError, LimitError
 from stemloop.core.instruction import Blank, Diffraction, Image, Line, Optics, Probe, Raster, Report, Stage, to_dict
 from stemloop.core.signal import Axis, Signal
+from stemloop.instrument.audit import Audit
 from stemloop.instrument.dose import DoseLedger
 from stemloop.instrument.guard import Command, Guard
+from stemloop.instrument.lease import LeaseDesk
 from stemloop.instrument.limits import Limits
 from stemloop.instrument.plan import check_plan
 from stemloop.instrument.replay import Replay
-from stemloop.instrument.session import Identity, LeaseDesk
-from stemloop.instrument.spool import Audit, Spool
+from stemloop.instrument.spool import Spool
+from stemloop.instrument.tokens import Identity
 
 WHO = Identity("agent", "agent")
 LIMITS = Limits.from_dict(

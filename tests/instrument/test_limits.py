@@ -168,6 +168,23 @@ def test_a_refusal_says_what_the_limit_is(asked, why):
     assert why in refused(asked)
 
 
+def test_a_detector_setting_that_is_named_is_limited_and_others_are_not():
+    limits = Limits.from_yaml(
+        "field_m: [1, 1]\nforbidden: [BF_inserted]\n"
+        "controls: {camera_binning: [1, 4], HAADF_gain: {range: [1, 10], step: 2}, ADF_inserted: [0, 0]}"
+    )
+    assert Limits.from_dict(limits.to_dict()) == limits
+    limits.check(Detector("camera", binning=(4, 4), exposure_s=1.0), 0.0, INFO, {})
+    limits.check(Detector("HAADF", gain=3.0), 0.0, INFO, {"HAADF_gain": 2.0})
+    for asked, why in (
+        (Detector("camera", binning=(8, 8)), "camera binning 8"),
+        (Detector("HAADF", gain=5.0), "step of 3"),
+        (Detector("ADF", inserted=True), "ADF inserted 1"),
+        (Detector("BF", inserted=False), "forbid to change BF inserted"),
+    ):
+        assert why in refused(asked, {"HAADF_gain": 2.0}, limits)
+
+
 def test_a_path_of_very_many_positions_is_refused_without_counting_them():
     assert "bytes" in refused(Spectrum(Raster((0.0, 0.0), FIELD_M, (2**15, 2**15)), 1e-9))
 

@@ -369,7 +369,7 @@ class Optics(Instruction):
     """
 
     semiangle_rad: float | None = _asks("number", "convergence semiangle", "rad", None, above=0)
-    C10_m: float | None = _asks("number", "defocus term; negative is overfocus", "m", None)
+    C10_m: float | None = _asks("number", "defocus term; negative is underfocus", "m", None)
     current_A: float | None = _asks("number", "beam current", "A", None, above=0)
     C12_m: tuple[float, float] | None = _asks("pair", "twofold astigmatism (a, b)", "m", None)
     C21_m: tuple[float, float] | None = _asks("pair", "axial coma (a, b)", "m", None)

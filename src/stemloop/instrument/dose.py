@@ -53,10 +53,12 @@ def _overlap(low: NDArray[np.float64], size: float) -> tuple[Cells, NDArray[np.f
     return cells, np.maximum(inside, 0.0) / size
 
 
-def _gathered(cells: Cells, share: NDArray[np.float64]) -> Footprint:
-    """Each cell once."""
+def _gathered(cells: Cells, share: NDArray[np.float64], distinct: bool = False) -> Footprint:
+    """Each cell once; ``distinct`` says that they are."""
     used = share > 0
     cells, share = cells[used], share[used]
+    if distinct:
+        return Footprint(cells, share / share.sum())
     low = cells.min(axis=0)
     width = int(cells[:, 1].max() - low[1]) + 1
     key, place = np.unique((cells[:, 0] - low[0]) * width + cells[:, 1] - low[1], return_inverse=True)
@@ -77,7 +79,7 @@ def _squares(places: NDArray[np.float64], side: float) -> Footprint:
     _bounded(len(places) * (math.ceil(side) + 1) ** 2)
     (rows, in_row), (columns, in_column) = (_overlap(places[:, axis] - side / 2, side) for axis in (0, 1))
     cells = np.stack(np.broadcast_arrays(rows[:, :, None], columns[:, None, :]), axis=-1).reshape(-1, 2)
-    return _gathered(cells, (in_row[:, :, None] * in_column[:, None, :]).ravel())
+    return _gathered(cells, (in_row[:, :, None] * in_column[:, None, :]).ravel(), distinct=len(places) == 1)
 
 
 def _rectangle(corner: NDArray[np.float64], down: NDArray[np.float64], along: NDArray[np.float64]) -> Footprint:
@@ -87,7 +89,7 @@ def _rectangle(corner: NDArray[np.float64], down: NDArray[np.float64], along: ND
         _bounded((height + 2) * (width + 2))
         (rows, in_row), (columns, in_column) = _overlap(corner[:1], height), _overlap(corner[1:], width)
         cells = np.stack(np.meshgrid(rows[0], columns[0], indexing="ij"), axis=-1).reshape(-1, 2)
-        return _gathered(cells, np.outer(in_row[0], in_column[0]).ravel())
+        return _gathered(cells, np.outer(in_row[0], in_column[0]).ravel(), distinct=True)
     counts = math.ceil(4 * height), math.ceil(4 * width)  # four samples a cell and direction
     _bounded(counts[0] * counts[1] / 16)
     s, t = ((np.arange(n) + 0.5) / n for n in counts)
@@ -154,7 +156,7 @@ class DoseMap:
         """(tile, index in it, which cells) for every tile that the cells meet."""
         tiles, places = np.divmod(cells, _TILE)
         low = tiles.min(axis=0)
-        if (tiles == low).all():
+        if len(cells) == 1 or (tiles == low).all():
             yield (int(low[0]), int(low[1])), (places[:, 0], places[:, 1]), slice(None)
             return
         key = (tiles[:, 0] - low[0]) * (int(tiles[:, 1].max() - low[1]) + 1) + tiles[:, 1] - low[1]
@@ -239,9 +241,10 @@ class DoseLedger:
         del self._reserved[command_id]
         self.reserved -= reserved
         self.spent += amount
-        if place is not None:
+        where = where or place
+        if place is not None and (amount != reserved or where is not place):
             self.committed.add(place.cells, -place.amounts(reserved))
-            self._commit(where or place, amount)
+            self._commit(where, amount)
         return amount
 
     def recall(self, where: Footprint | None, electrons: int) -> None:

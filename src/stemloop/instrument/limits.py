@@ -25,6 +25,7 @@ from stemloop.core.field import absolute, chosen
 from stemloop.core.instruction import (
     KINDS,
     Blank,
+    Detector,
     Diffraction,
     Field,
     Image,
@@ -70,8 +71,15 @@ _STAGE: dict[str, Control] = {
     "stage_beta_rad": Control(-0.35, 0.35),
 }
 _FIELD = {"field_rotation_rad": Control(-math.pi, math.pi)}
-#: Every control that limits may name. ``energy_eV`` has no range of its own: it must be declared.
+#: Every control of the microscope that limits may name. ``energy_eV`` has no range of its own: it must be declared.
 CONTROLS = (*_OPTICS, "energy_eV", *_STAGE, *_FIELD)
+#: What of a detector limits may name, as ``NAME_setting``: ``camera_binning``, ``BF_inserted`` (0 or 1) ...
+SETTINGS = tuple(entry.name for entry in dataclasses.fields(Detector) if entry.name != "name")
+
+
+def _is_control(name: str) -> bool:
+    setting = any(name.endswith(f"_{one}") and len(name) > len(one) + 1 for one in SETTINGS)
+    return name in CONTROLS or setting
 
 
 def moved(asked: Instruction) -> Iterator[tuple[str, Any]]:
@@ -81,6 +89,10 @@ def moved(asked: Instruction) -> Iterator[tuple[str, Any]]:
         for entry in dataclasses.fields(asked):
             if (value := getattr(asked, entry.name)) is not None:
                 yield prefix + entry.name, value
+    elif isinstance(asked, Detector):
+        for setting in SETTINGS:
+            if (value := getattr(asked, setting)) is not None:
+                yield f"{asked.name}_{setting}", int(value) if isinstance(value, bool) else value
     elif isinstance(asked, Field) and asked.rotation_rad is not None:
         yield "field_rotation_rad", asked.rotation_rad
 
@@ -88,6 +100,8 @@ def moved(asked: Instruction) -> Iterator[tuple[str, Any]]:
 def _label(control: str) -> tuple[str, str]:
     """How an error calls a control, and its unit."""
     name, unit = control.rsplit("_", 1)
+    if unit not in ("m", "rad", "A", "eV", "s"):
+        return control.replace("_", " "), ""
     if control.startswith("stage_"):
         return f"stage {control.removeprefix('stage_')}", unit
     return name.replace("_", " "), unit
@@ -113,7 +127,8 @@ class Limits:
     """What may be asked of the microscope.
 
     field_m : (height, width) [m] of the field, from its top-left corner, in which positions may lie.
-    controls : range, step and rate of each control; one that is not named may not be changed.
+    controls : range, step and rate of each control; one of the microscope's that is not named may not be changed. A
+        detector's setting may be named as ``NAME_setting``; one that is not is left to the instrument.
     forbidden : kinds of instructions and controls that nobody may use, whatever else is declared.
     stage_envelope : the stage's reach by the tilt ``alpha_rad`` and by ``beta_rad``; both hold.
     dwell_max_s, beam_time_max_s : longest dwell, longest exposure of one command [s].
@@ -180,7 +195,10 @@ class Limits:
         read: dict[str, Callable[[str, Any], Any]] = {
             "field_m": lambda name, value: tuple(read_positive(name, one) for one in read_pair(name, value)),
             "controls": lambda _, value: {
-                k: Control.read(k, v) for k, v in read_table("control", value, set(CONTROLS), set()).items()
+                k: Control.read(k, v)
+                for k, v in read_table(
+                    "control", value, {*CONTROLS, *filter(_is_control, map(str, value or ()))}, set()
+                ).items()
             },
             "stage_envelope": lambda name, value: {
                 k: Envelope.read(f"{name} {k}", v)
@@ -197,7 +215,8 @@ class Limits:
     @staticmethod
     def _forbidden(value: Any) -> tuple[str, ...]:
         known = (*KINDS, *CONTROLS)
-        if not isinstance(value, (list, tuple)) or not all(isinstance(one, str) and one in known for one in value):
+        listed = isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value)
+        if not listed or not all(one in known or _is_control(one) for one in value):
             raise InputError(f"limit forbidden must be a list out of {', '.join(known)}; got {value!r:.80}.")
         return tuple(value)
 
@@ -316,6 +335,8 @@ class Limits:
         if control in self.forbidden:
             raise LimitError(f"the limits forbid to change {label}: ask whoever declares them.")
         limit = self.controls.get(control)
+        if limit is None and control not in CONTROLS:
+            return  # the setting of a detector that nobody limits
         if limit is None:
             where = f"the stage axis {control.removeprefix('stage_')}" if control.startswith("stage_") else label
             raise LimitError(f"the limits name no range for {where}: it may not move.")
@@ -375,14 +396,18 @@ class Limits:
         rotation_rad = rotation_rad if asked.rotation_rad is None else asked.rotation_rad
         wanted = {"field_height_m": extent[0], "field_width_m": extent[1], "field_rotation_rad": rotation_rad}
         corners = absolute(np.array(extent) * [[0, 0], [0, 1], [1, 0], [1, 1]], wanted, info.field_m)
-        self._check_inside(corners, self.field_m, "a corner of the field of view")
+        self._check_inside(corners, self._usable_m(info), "a corner of the field of view")
 
     def _check_positions(self, positions: ArrayLike, info: InstrumentInfo, state: State) -> None:
         places = np.asarray(positions, np.float64).reshape(-1, 2)
         extent, rotation_rad = chosen(state, info.field_m)
         if extent != tuple(info.field_m) or rotation_rad != 0:
             self._check_inside(places, extent, "position")
-        self._check_inside(absolute(places, state, info.field_m), self.field_m, "position")
+        self._check_inside(absolute(places, state, info.field_m), self._usable_m(info), "position")
+
+    def _usable_m(self, info: InstrumentInfo) -> tuple[float, float]:
+        """(height, width) [m] of the field that the limits and the instrument both have."""
+        return min(self.field_m[0], info.field_m[0]), min(self.field_m[1], info.field_m[1])
 
     @staticmethod
     def _check_inside(places: Any, field_m: tuple[float, float], what: str) -> None:

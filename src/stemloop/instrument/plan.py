@@ -14,9 +14,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from stemloop.core import units
-from stemloop.core.errors import LimitError, StemloopError
-from stemloop.core.instruction import Blank, Field, Instruction, Probe
+from stemloop.core.errors import InputError, LimitError, StemloopError
+from stemloop.core.instruction import (
+    DETECTORS,
+    KINDS,
+    VERSION,
+    Blank,
+    Field,
+    Instruction,
+    Probe,
+    from_dict,
+)
 from stemloop.core.protocols import InstrumentInfo
+from stemloop.instrument.declaration import read_yaml
 from stemloop.instrument.dose import DoseLedger
 from stemloop.instrument.limits import Limits, LimitsWatch, moved
 
@@ -97,6 +107,36 @@ class PlanReport:
             "verdict": refused,
             "limits": self.limits,
         }
+
+
+def read_plan(text: str) -> tuple[tuple[Instruction, ...], dict[str, Any]]:
+    """(instructions, state at the beginning) out of a YAML or JSON text.
+
+    The text is a list of instructions in their wire form, whose ``version`` may be left out, or a table with ``steps``
+    and, where no instrument is asked, the ``state`` that the plan begins in.
+
+    >>> read_plan("[{kind: blank}]")
+    ((Blank(blanked=True),), {})
+    """
+    told = read_yaml(text, "the plan")
+    table = {"steps": told} if isinstance(told, list) else told
+    if not isinstance(table, dict) or not isinstance(table.get("steps"), list) or set(table) - {"steps", "state"}:
+        raise InputError("a plan is a list of instructions, or a table with 'steps' and 'state'.")
+    state = table.get("state") or {}
+    if not isinstance(state, dict):
+        raise InputError(f"the plan's state must be a table such as {{current_A: 1e-10}}; got {state!r:.80}.")
+    steps = []
+    for number, step in enumerate(table["steps"], 1):
+        try:
+            steps.append(from_dict({"version": VERSION, **step} if isinstance(step, dict) else step))
+        except InputError as error:
+            raise InputError(f"step {number} of the plan: {error}") from None
+    return tuple(steps), state
+
+
+def assumed(limits: Limits) -> InstrumentInfo:
+    """The instrument that a plan is checked against where none is asked: it can do everything in the limits' field."""
+    return InstrumentInfo("the assumed instrument", tuple(KINDS), limits.field_m, 0.0, detectors=DETECTORS)
 
 
 def _led_to(asked: Instruction, state: dict[str, Any]) -> dict[str, Any]:
