@@ -37,7 +37,7 @@ def test_killed_many_times_inside_nion_it_decides_as_if_it_had_not_been(tmp_path
     words = ("run", *words, "--max-points", "48")
     run(tmp_path / "whole", *words[1:])
     killed = (*words, "--out", tmp_path / "killed")
-    assert run_under_fire(tmp_path / "killed", killed, np.random.default_rng(3), kills=6) >= 2
+    assert run_under_fire(tmp_path / "killed", killed, np.random.default_rng(3), kills=6, also_the_instrument=True) >= 2
     assert decisions(tmp_path / "killed") == decisions(tmp_path / "whole")
     positions = exposed_positions(tmp_path / "killed")
     assert len(positions) == len(set(positions))
