@@ -18,7 +18,7 @@ def log(tmp_path):
 
 
 def test_every_single_byte_counts(log):
-    """Each byte of the file replaced by others, one bit away: never unnoticed, and the line that is named has the byte."""
+    """Each byte of the file replaced by others, one bit away: never unnoticed, and the right line is named."""
     good = b"".join(log.read_bytes().splitlines(keepends=True)[:3])
     for at in range(len(good)):
         line = good[:at].count(b"\n") + 1

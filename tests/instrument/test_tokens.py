@@ -117,9 +117,8 @@ def test_a_file_that_others_can_read_or_that_is_broken_is_refused(file):
 def test_the_command_issues_lists_and_revokes(tmp_path, capsys):
     words = ["instrument", "token"]
     where = str(tmp_path / "scope")
-    assert (
-        cli.main([*words, "issue", where, "--role", "agent", "--name", "loop", "--hours", "8", "--only", "image"]) == 0
-    )
+    asked = ["--role", "agent", "--name", "loop", "--hours", "8", "--only", "image"]
+    assert cli.main([*words, "issue", where, *asked]) == 0
     line, token = capsys.readouterr().out.splitlines()
     assert Tokens(None, TokenFile(tmp_path / "scope" / "tokens.json")).identify(token).name == "agent:loop"
     assert cli.main([*words, "list", where]) == 0

@@ -16,6 +16,11 @@ from stemloop.instrument.tokens import Identity
 TTL_RANGE_S = (0.1, 3600.0)
 
 
+def _same(secret: str, given: str) -> bool:
+    """Whether a secret was given; takes the same time wherever they differ."""
+    return hmac.compare_digest(secret.encode(), given.encode("utf-8", "surrogatepass"))
+
+
 @dataclass
 class Lease:
     """The right to drive. ``fencing`` grows with every lease ever given; ``lease_id`` is its secret.
@@ -95,7 +100,7 @@ class LeaseDesk:
     def holds(self, lease_id: str | None) -> bool:
         """Whether ``lease_id`` is that of the valid lease; does not renew it."""
         lease = self.lease
-        return lease is not None and lease_id is not None and hmac.compare_digest(lease.lease_id, lease_id)
+        return lease is not None and lease_id is not None and _same(lease.lease_id, lease_id)
 
     def acquire(self, who: Identity, ttl_s: float = 10.0, takeover: bool = False, expected: int | None = None) -> Lease:
         """Give the lease to ``who``.
@@ -133,7 +138,7 @@ class LeaseDesk:
         """A client has come back with its lease: renew it. False if that lease is over."""
         with self._lock:
             lease = self.lease
-            if lease is None or lease.holder != who or not hmac.compare_digest(lease.lease_id, lease_id):
+            if lease is None or lease.holder != who or not _same(lease.lease_id, lease_id):
                 return False
             lease.deadline = self._clock() + lease.ttl_s
             lease.away = False
@@ -146,7 +151,7 @@ class LeaseDesk:
             if lease is None:
                 hint = "it expired or was released" if fencing else "nobody has it"
                 raise LeaseError(f"the command came without a valid lease ({hint}): acquire the lease first.")
-            if lease_id is None or not hmac.compare_digest(lease.lease_id, lease_id):
+            if lease_id is None or not _same(lease.lease_id, lease_id):
                 number = "no fencing number" if fencing is None else f"fencing number {fencing}"
                 raise LeaseError(
                     f"the command carries {number}, but {lease.holder.name} holds the lease with number "
@@ -190,7 +195,7 @@ class LeaseDesk:
             lease = self.lease
             if lease is None:
                 return
-            own = lease_id is not None and hmac.compare_digest(lease.lease_id, lease_id)
+            own = lease_id is not None and _same(lease.lease_id, lease_id)
             if not own and who.rank <= lease.holder.rank:
                 raise LeaseError(f"{lease.holder.name} holds the lease: only the holder or a higher role ends it.")
             self._end(who.name)

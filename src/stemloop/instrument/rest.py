@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import Depends, FastAPI, Query, Request, WebSocket
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 
 import stemloop
 from stemloop.core.errors import (
@@ -25,17 +26,29 @@ from stemloop.core.errors import (
     LimitError,
     NotAuthorised,
     StemloopError,
+    UnknownName,
 )
+from stemloop.core.instruction import KINDS
 from stemloop.core.schema import json_schema
 from stemloop.instrument.control import Conversation
 from stemloop.instrument.manage import Manager, jsonable
 from stemloop.instrument.station import PLAN_MAX, Station
-from stemloop.instrument.tokens import LIFE_MAX_S, ROLES, Entry, Identity, TokenFile
+from stemloop.instrument.tokens import LIFE_MAX_S, NAME_PATTERN, Entry, Identity, TokenFile
 
 MAX_BODY_BYTES = 2**20
 
-_STATUS = {NotAuthorised: 403, LeaseError: 409, LimitError: 409, InputError: 422, InstrumentError: 502}
+_STATUS = {
+    UnknownName: 404,
+    NotAuthorised: 403,
+    LeaseError: 409,
+    LimitError: 409,
+    InputError: 422,
+    InstrumentError: 502,
+}
 _STATE_WAIT_S = 0.2
+
+
+Kind: Any = Literal[tuple(KINDS)]
 
 
 class _Strict(BaseModel):
@@ -60,10 +73,10 @@ class LeaseReply(BaseModel):
 class TokenRequest(_Strict):
     """What a token is issued with; see ``TokenFile.issue``."""
 
-    role: str = Field(examples=list(ROLES), max_length=16)
-    name: str = Field("", max_length=64)
+    role: Literal["viewer", "agent", "operator", "engineer"]
+    name: str = Field("", pattern=NAME_PATTERN)
     life_s: float | None = Field(None, gt=0, le=LIFE_MAX_S)
-    kinds: list[str] | None = Field(None, max_length=64)
+    kinds: list[Kind] | None = Field(None, max_length=len(KINDS))
     instruments: list[str] | None = Field(None, max_length=64)
 
 
@@ -157,6 +170,11 @@ def build_app(station: Station, lifespan: Any = None) -> FastAPI:
     @app.exception_handler(_NotAuthenticated)
     async def unknown(_: Request, error: Exception) -> JSONResponse:
         return _answer(401, NotAuthorised.code, str(error))
+
+    @app.exception_handler(HTTPException)
+    async def refused(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        return _answer(422 if error.status_code == 400 else error.status_code, InputError.code, str(error.detail))
 
     @app.exception_handler(RequestValidationError)
     async def unreadable(_: Request, error: Exception) -> JSONResponse:
@@ -268,7 +286,7 @@ def _administration(app: FastAPI, station: Station, speaker: Any) -> None:
         station.guard.note("issue", who.name, token=entry.token_id, to=entry.name, expires_s=entry.expires_s)
         return {"token": token, **public(entry)}
 
-    @app.delete("/tokens/{token_id}", responses=_refusals(401, 403, 422))
+    @app.delete("/tokens/{token_id}", responses=_refusals(401, 403, 404, 422))
     async def revoke(token_id: str, who: Identity = Depends(speaker)) -> dict[str, Any]:
         """Revoke a token: open connections end with their next message, its lease within half a second."""
         entry = await asyncio.to_thread(file(who).revoke, token_id)

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stemloop.core.errors import InputError, NotAuthorised, StorageError
+from stemloop.core.errors import InputError, NotAuthorised, StorageError, UnknownName
 from stemloop.core.instruction import KINDS
 from stemloop.instrument.files import FileLock, write_atomically
 
@@ -33,7 +33,9 @@ TOKENS_FILE = "tokens.json"
 #: Longest life of an issued token [s].
 LIFE_MAX_S = 366 * 24 * 3600.0
 
-_NAME = re.compile(r"[a-z]+(:[\w.@ -]{1,64})?")
+#: What a holder may be called.
+NAME_PATTERN = r"^[A-Za-z0-9_.@ -]{0,64}$"
+_NAME = re.compile(NAME_PATTERN)
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ class TokenFile:
         if role not in ROLES:
             raise InputError(f"unknown role {role!r:.40}; known: {', '.join(ROLES)}.")
         full = f"{role}:{name}" if name else role
-        if not _NAME.fullmatch(full):
+        if not _NAME.fullmatch(name):
             raise InputError(f"a name has up to 64 letters, digits and . @ _ -; got {name!r:.80}.")
         if life_s is not None and not 0 < life_s <= LIFE_MAX_S:
             raise InputError(f"a token lives above 0 and at most {LIFE_MAX_S:.0f} s; {life_s!r} was asked.")
@@ -218,7 +220,7 @@ class TokenFile:
 
         def end(entries: dict[str, Entry]) -> None:
             if token_id not in entries:
-                raise InputError(
+                raise UnknownName(
                     f"no token {token_id!r:.40} was issued here: 'stemloop instrument token list' names them."
                 )
             if entries[token_id].revoked_s is None:
