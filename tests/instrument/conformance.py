@@ -71,6 +71,7 @@ class InstrumentConformance:
         with conformance.opened(subject):
             found = freshness.check_freshness(subject, self.moves)
         assert found.stale == [] and found.clock == []
+        assert found.carried_over < freshness.CARRIED
         assert found.moves == self.moves and found.places >= 3
 
     def test_a_long_exposure_can_be_ended(self, subject, instrument):

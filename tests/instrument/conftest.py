@@ -60,8 +60,9 @@ def served(tmp_path):
 
     def start(**options):
         made = options.pop("make", None)
-        instrument = made and made(tmp_path / "exposures.txt")
-        started.append(Served(tmp_path, instrument=instrument, **options))
+        if made:
+            options["instrument"] = made(tmp_path / "exposures.txt")
+        started.append(Served(tmp_path, **options))
         return started[-1]
 
     yield start

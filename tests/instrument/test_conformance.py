@@ -27,7 +27,6 @@ from model_instrument import (
 from stemloop.core.errors import InstrumentError
 from stemloop.core.signal import Axis, Signal
 from stemloop.instrument import conformance, examination, freshness
-from stemloop.instrument.conformance import Breach
 from stemloop.instrument.replay import Replay
 from stemloop.instrument.subject import Bare, Moment, Nonconforming, Subject
 from stemloop.simulate.twin import Twin
@@ -106,7 +105,14 @@ def test_the_naive_way_to_grab_a_frame_is_caught():
     assert all(one["looks_like"] == one["place_before"] for one in found.stale)
 
 
-@pytest.mark.parametrize("broken", [HalfMoved, TwoLate, SortedFrames, OldTimes])
+def test_light_of_the_position_before_is_caught():
+    found = look(Subject(Bare(HalfMoved())))
+    assert 0.3 < found.carried_over < 0.8
+    lawful = look(Subject(Bare(Model())))
+    assert abs(lawful.carried_over) < 0.02
+
+
+@pytest.mark.parametrize("broken", [TwoLate, SortedFrames, OldTimes])
 def test_frames_of_other_positions_and_times_are_caught(broken):
     found = look(Subject(Bare(broken())))
     assert found.stale_frames > 0
@@ -174,12 +180,13 @@ def test_an_examination_names_what_is_wrong_and_leaves_the_beam_blanked(served):
     assert not report["checks"]["stale frames"]["ok"] and report["checks"]["limits"]["ok"]
 
 
-def test_breaches_are_counted(served):
+def test_breaches_are_counted():
     class Careless(Model):
         def inside(self, positions):
             pass
 
     subject = Subject(Bare(Careless()))
-    with pytest.raises(Breach) as caught:
+    with pytest.raises(Nonconforming) as caught:
         conformance.limits_hold(subject)
-    assert caught.value.breaches and len(caught.value.breaches) <= caught.value.tried
+    figures = caught.value.figures
+    assert "image over the field" in figures["breaches"] and len(figures["breaches"]) <= figures["tried"]

@@ -60,10 +60,6 @@ _RATE_WAIT_S = (0.2, 1.0, 3.0)
 _ABORT_AFTER_S, _HEARS_S = 0.05, 2.0
 
 
-def _wrong(what: str) -> Nonconforming:
-    return Nonconforming(what)
-
-
 # --------------------------------------------------------------------------------------------------- what it says
 
 
@@ -72,19 +68,19 @@ def info_is_truthful(subject: Subject) -> dict[str, Any]:
     info = subject.info
     kinds = info.instructions
     if not info.name or len(set(kinds)) != len(kinds) or not set(kinds) <= set(KINDS):
-        raise _wrong(f"the instructions {kinds} of {info.name!r} are not each one of {', '.join(KINDS)}.")
+        raise Nonconforming(f"the instructions {kinds} of {info.name!r} are not each one of {', '.join(KINDS)}.")
     if not all(math.isfinite(size) and size > 0 for size in info.field_m) or len(info.field_m) != 2:
-        raise _wrong(f"the field is {info.field_m}; it must be (height, width) in metres, both above zero.")
+        raise Nonconforming(f"the field is {info.field_m}; it must be (height, width) in metres, both above zero.")
     if not (math.isfinite(info.energy_eV) and info.energy_eV >= 0):
-        raise _wrong(f"the beam energy is {info.energy_eV} eV.")
+        raise Nonconforming(f"the beam energy is {info.energy_eV} eV.")
     if ("diffraction" in kinds) and info.camera is None:
-        raise _wrong("it declares diffraction and no camera.")
+        raise Nonconforming("it declares diffraction and no camera.")
     if ("spectrum" in kinds) and info.energy_loss is None:
-        raise _wrong("it declares spectra and no energy-loss axis.")
+        raise Nonconforming("it declares spectra and no energy-loss axis.")
     if info.positions_m is not None:
         places = np.asarray(info.positions_m)
         if places.ndim != 2 or places.shape[1] != 2 or (places < 0).any() or (places > np.array(info.field_m)).any():
-            raise _wrong("positions_m must be (n, 2) positions inside the field.")
+            raise Nonconforming("positions_m must be (n, 2) positions inside the field.")
     return {"instructions": list(kinds)}
 
 
@@ -130,7 +126,7 @@ def declared_instructions_work(subject: Subject) -> dict[str, Any]:
             try:
                 exposure = subject.ask(instruction)
             except StemloopError as error:
-                raise _wrong(f"it declares {instruction.kind!r} and answers: {error}") from error
+                raise Nonconforming(f"it declares {instruction.kind!r} and answers: {error}") from error
             check_frames(subject, instruction, exposure)
             tried.append(instruction.kind)
     return {"tried": tried}
@@ -141,10 +137,10 @@ def check_frames(subject: Subject, asked: Instruction, exposure: Exposure) -> No
     frames = exposure.frames
     if not asked.exposes:
         if frames is not None:
-            raise _wrong(f"{asked.kind} exposes nothing and brought frames.")
+            raise Nonconforming(f"{asked.kind} exposes nothing and brought frames.")
         return
     if frames is None:
-        raise _wrong(f"{asked.kind} brought no frames.")
+        raise Nonconforming(f"{asked.kind} brought no frames.")
     frames = np.asarray(frames)
     wanted: tuple[int, ...] = (asked.exposed_positions,)
     if isinstance(asked, Image):
@@ -154,11 +150,11 @@ def check_frames(subject: Subject, asked: Instruction, exposure: Exposure) -> No
     elif isinstance(asked, Spectrum) and subject.info.energy_loss is not None:
         wanted = (*wanted, subject.info.energy_loss[2])
     if frames.shape != wanted:
-        raise _wrong(f"{asked.kind} brought frames of shape {frames.shape}; what it declares gives {wanted}.")
+        raise Nonconforming(f"{asked.kind} brought frames of shape {frames.shape}; what it declares gives {wanted}.")
     if not np.issubdtype(frames.dtype, np.number) or not np.isfinite(frames).all():
-        raise _wrong(f"{asked.kind} brought frames that are not finite numbers.")
+        raise Nonconforming(f"{asked.kind} brought frames that are not finite numbers.")
     if not (math.isfinite(exposure.electrons) and exposure.electrons >= 0):
-        raise _wrong(f"{asked.kind} reports {exposure.electrons!r} electrons.")
+        raise Nonconforming(f"{asked.kind} reports {exposure.electrons!r} electrons.")
 
 
 def undeclared_is_refused(subject: Subject) -> dict[str, Any]:
@@ -193,10 +189,10 @@ def expect_refusal(subject: Subject, instruction: Instruction, why: str) -> None
         if isinstance(error, Nonconforming):
             raise
     else:
-        raise _wrong(f"{instruction.kind} was carried out although {why}: {instruction!r:.200}")
+        raise Nonconforming(f"{instruction.kind} was carried out although {why}: {instruction!r:.200}")
     if (after := _settings(subject)) != before:
         changed = [name for name in before if after.get(name) != before[name]]
-        raise _wrong(f"the refused {instruction.kind} changed {', '.join(changed)}.")
+        raise Nonconforming(f"the refused {instruction.kind} changed {', '.join(changed)}.")
 
 
 # ------------------------------------------------------------------------------------------------------ the state
@@ -239,9 +235,9 @@ def state_is_complete(subject: Subject) -> dict[str, Any]:
     try:
         again = json.loads(json.dumps(state, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise _wrong(f"the state vector is not plain finite values: {error}") from None
+        raise Nonconforming(f"the state vector is not plain finite values: {error}") from None
     if again != state and json.dumps(again) != json.dumps(state):
-        raise _wrong("the state vector changes when it is written as JSON and read back.")
+        raise Nonconforming("the state vector changes when it is written as JSON and read back.")
     kinds = subject.info.instructions
     needed = {"blank": ("blanked",), "probe": ("probe_y_m", "probe_x_m")}
     missing = [name for kind, names in needed.items() if kind in kinds for name in names if name not in state]
@@ -253,9 +249,11 @@ def state_is_complete(subject: Subject) -> dict[str, Any]:
         if kind in kinds:
             missing += [name for name in names if name not in state]
     if missing:
-        raise _wrong(f"it can set {', '.join(missing)} and does not report {'it' if len(missing) == 1 else 'them'}.")
+        raise Nonconforming(
+            f"it can set {', '.join(missing)} and does not report {'it' if len(missing) == 1 else 'them'}."
+        )
     if subject.ask(Report()).state.keys() != state.keys():
-        raise _wrong("a Report brings other names than the state vector has.")
+        raise Nonconforming("a Report brings other names than the state vector has.")
     return {"values": len(state)}
 
 
@@ -285,6 +283,8 @@ def state_round_trips(subject: Subject) -> dict[str, Any]:
     different: list[str] = []
     left_out: dict[str, str] = {}
     for name, setter in list(controls(subject)):
+        if name.startswith("field_"):
+            continue
         before = subject.scope.state()[name]
         before = tuple(before) if isinstance(before, (list, tuple)) else before
         asked, refusal = None, "no step was allowed"
@@ -303,10 +303,42 @@ def state_round_trips(subject: Subject) -> dict[str, Any]:
         patiently(subject, setter(before))
         back = _equal(subject, name, _reported(subject, name), before)
         (equal if there and back else different).append(name)
+    _field_round_trip(subject, equal, different, left_out)
     _probe_round_trip(subject, equal, different)
+    found = {"equal": equal, "different": different, "left_out": left_out}
     if different:
-        raise _wrong(f"what was set is not what is reported: {', '.join(different)}.")
-    return {"equal": equal, "different": different, "left_out": left_out}
+        raise Nonconforming(f"what was set is not what is reported: {', '.join(different)}.", **found)
+    return found
+
+
+def _field_round_trip(subject: Subject, equal: list[str], different: list[str], left_out: dict[str, str]) -> None:
+    """A smaller field, turned a little so that its corners stay inside the largest one; then the one before."""
+    before = subject.scope.state()
+    if "field" not in subject.info.instructions or before.get("field_height_m") is None:
+        return
+    height, width, turn = (float(before.get(f"field_{n}") or 0.0) for n in ("height_m", "width_m", "rotation_rad"))
+    turned = {"field_height_m": 0.9 * height, "field_width_m": 0.9 * width, "field_rotation_rad": turn + 5e-3}
+    upright = {**turned, "field_rotation_rad": turn}
+    refusal = ""
+    for wanted in (turned, upright):
+        rotation = wanted["field_rotation_rad"] if wanted is turned else None
+        try:
+            subject.ask(Field((wanted["field_height_m"], wanted["field_width_m"]), rotation))
+        except (Refused, InputError) as error:
+            left_out["field_rotation_rad"] = refusal = str(error)
+            continue
+        break
+    else:
+        left_out["field_height_m"] = left_out["field_width_m"] = refusal
+        return
+    there = subject.ask(Report()).state
+    patiently(subject, Field((height, width), turn if wanted is turned else None))
+    back = subject.ask(Report()).state
+    for name in wanted if wanted is turned else ("field_height_m", "field_width_m"):
+        same = _equal(subject, name, there.get(name), wanted[name]) and _equal(
+            subject, name, back.get(name), before[name]
+        )
+        (equal if same else different).append(name)
 
 
 def _probe_round_trip(subject: Subject, equal: list[str], different: list[str]) -> None:
@@ -371,7 +403,7 @@ def state_is_restored(subject: Subject) -> dict[str, Any]:
     after = instrument.state()
     changed = [name for name in before if json.dumps(after.get(name)) != json.dumps(before[name])]
     if changed:
-        raise _wrong(f"restore(state()) left {', '.join(changed)} changed.")
+        raise Nonconforming(f"restore(state()) left {', '.join(changed)} changed.")
     return {"values": len(before)}
 
 
@@ -398,7 +430,7 @@ def blank_blanks(subject: Subject) -> dict[str, Any]:
         return {"blank": "not declared"}
     subject.ask(Blank(True))
     if not subject.scope.state().get("blanked"):
-        raise _wrong("the beam was blanked and is not reported so.")
+        raise Nonconforming("the beam was blanked and is not reported so.")
     for kind in () if subject.recorded else subject.kinds()[:1]:
         asked = subject.frame_at(kind, subject.places(1, kind)[0], subject.dwells(kind)[0])
         if isinstance(subject.scope, Bare):
@@ -406,7 +438,7 @@ def blank_blanks(subject: Subject) -> dict[str, Any]:
         else:
             subject.ask(asked)
             if not subject.scope.state().get("blanked"):
-                raise _wrong("the beam was blanked, an exposure opened it, and it stayed open.")
+                raise Nonconforming("the beam was blanked, an exposure opened it, and it stayed open.")
     return {"blank": "blanks"}
 
 
@@ -420,7 +452,7 @@ def _stays_dark(subject: Subject, asked: Instruction) -> None:
     except (Refused, InputError):
         return
     if exposure.electrons > 0:
-        raise _wrong(f"with a blanked beam {asked.kind} brought a frame of {exposure.electrons:.3g} electrons.")
+        raise Nonconforming(f"with a blanked beam {asked.kind} brought a frame of {exposure.electrons:.3g} electrons.")
 
 
 def noise_follows_the_key(subject: Subject) -> dict[str, Any]:
@@ -435,7 +467,7 @@ def noise_follows_the_key(subject: Subject) -> dict[str, Any]:
             instrument.restore(before)
             again = subject.ask(asked, f"same {kind}")
             if not np.array_equal(first.frames, again.frames):  # type: ignore[arg-type]
-                raise _wrong(f"the same {kind} under the same key and state brought other frames.")
+                raise Nonconforming(f"the same {kind} under the same key and state brought other frames.")
             tried.append(kind)
     return {"tried": tried}
 
@@ -520,16 +552,12 @@ def limits_hold(subject: Subject) -> dict[str, Any]:
                 breaches.append(what)
                 _put_back(subject, before)
     if breaches:
-        raise Breach(tried, breaches)
+        raise Nonconforming(
+            f"{len(breaches)} of {tried} requests outside the limits were not refused: {', '.join(breaches)}.",
+            tried=tried,
+            breaches=breaches,
+        )
     return {"tried": tried, "breaches": []}
-
-
-class Breach(Nonconforming):
-    """Something outside the limits was carried out."""
-
-    def __init__(self, tried: int, breaches: list[str]) -> None:
-        super().__init__(f"{len(breaches)} of {tried} requests outside the limits were not refused: {breaches[0]} ...")
-        self.tried, self.breaches = tried, breaches
 
 
 def _put_back(subject: Subject, before: dict[str, Any]) -> None:
@@ -567,9 +595,9 @@ def repeated_ids_expose_once(subject: Subject) -> dict[str, Any]:
         again = subject.ask(asked, command_id)
         del subject.moments[begin:]  # the moment of the first exposure once more
         if not np.array_equal(first.frames, again.frames) or again.epoch != first.epoch:  # type: ignore[arg-type]
-            raise _wrong(f"a repeated {kind} brought another result than the first.")
+            raise Nonconforming(f"a repeated {kind} brought another result than the first.")
         if subject.scope.dose().get("spent") != spent:
-            raise _wrong(f"a repeated {kind} was exposed again.")
+            raise Nonconforming(f"a repeated {kind} was exposed again.")
         tried += 1
     return {"tried": tried}
 
@@ -597,7 +625,7 @@ def abort_ends(subject: Subject) -> dict[str, Any]:
                 break
             over = called and time.monotonic() - called[0] > _HEARS_S
         if over or (bare is not None and isinstance(bare, Reporting)):
-            raise _wrong(f"a {kind} of {positions} positions was aborted and went on to its end.")
+            raise Nonconforming(f"a {kind} of {positions} positions was aborted and went on to its end.")
     with opened(subject):
         again = subject.frame_at(kind, places[0], subject.dwells(kind)[0])
         check_frames(subject, again, subject.ask(again))

@@ -24,6 +24,8 @@ from stemloop.instrument.subject import Nonconforming, Subject
 #: How often the state is asked for alone, to time a command.
 _TIMED = 200
 
+_NO_TRIPS: dict[str, Any] = {"equal": [], "different": [], "left_out": {}}
+
 Tell = Callable[[str], None]
 
 
@@ -105,7 +107,7 @@ def examine(
                 subject.ask(Blank(True))
     checks["controls are back"] = {"ok": not moved, "left": moved}
     blanked = scope.state().get("blanked")
-    limits = checks.get("limits", {})
+    limits, trips = checks.get("limits", {}), checks.get("round trips", {})
     return {
         "instrument": scope.info.name,
         "stemloop": stemloop.__version__,
@@ -119,9 +121,9 @@ def examine(
         "dwell_s": found.dwell_s,
         "stale_frames": found.stale_frames,
         "stale": found.stale[:20] + [{"where": line} for line in found.clock[:20]],
-        "limits_tried": limits.get("tried", 0),
-        "breaches": limits.get("breaches", []),
-        "round_trips": checks.get("round trips", {}),
+        "limits_tried": limits.pop("tried", 0),
+        "breaches": limits.pop("breaches", []),
+        "round_trips": {name: trips.pop(name, empty) for name, empty in _NO_TRIPS.items()},
         "latency_ms": {kind: _latency(seconds) for kind, seconds in subject.latency_s.items()},
         "electrons": scope.dose()["spent"] - spent,
         "beam": "not reported" if blanked is None else "blanked" if blanked else "open",
@@ -153,7 +155,9 @@ def _examine(subject: Subject, checks: dict[str, Any], moves: int, tell: Tell) -
         found = freshness.check_freshness(subject, moves)
         if found.stale_frames:
             raise Nonconforming(f"{found.stale_frames} frames are not those of the position that was asked for.")
-        return {"moves": moves, "places": found.places}
+        if found.carried_over > freshness.CARRIED:
+            raise Nonconforming(f"{found.carried_over:.0%} of the light in a frame is that of the position before.")
+        return {"moves": moves, "places": found.places, "carried_over": round(found.carried_over, 4)}
 
     tell(f"{moves} moves of the beam")
     _run(checks, "stale frames", look)
@@ -165,8 +169,8 @@ def _run(checks: dict[str, Any], name: str, check: Callable[[], dict[str, Any]])
         checks[name] = {"ok": True, **check()}
     except LeaseError:
         raise  # somebody took the microscope: nothing more is to be done here
-    except conformance.Breach as error:
-        checks[name] = {"ok": False, "message": str(error), "tried": error.tried, "breaches": error.breaches}
+    except Nonconforming as error:
+        checks[name] = {"ok": False, "message": str(error), **error.figures}
     except StemloopError as error:
         checks[name] = {"ok": False, "message": str(error)}
 

@@ -9,6 +9,10 @@ and b are told apart by ``s(f) = <f - (a + b) / 2, w>``, ``w = (a - b) / (|a| + 
 negative for one of B (the linear discriminant for counts, whose variance is their mean; R. A. Fisher, Annals of
 Eugenics 7, 179 (1936), doi:10.1111/j.1469-1809.1936.tb02137.x). Frames that did not take part in the means give its
 deviation, and places are used only if they differ by ``MARGIN`` deviations.
+
+A frame is stale if it is more like another place than like its own. If a part of its light is that of the place before,
+its ``s`` against that place is smaller than its ``s`` against the others, both as parts of what they should be; the
+mean difference is about that part.
 """
 
 from __future__ import annotations
@@ -26,14 +30,14 @@ from stemloop.instrument.subject import Moment, Nonconforming, Subject
 
 #: How many deviations two places must be apart.
 MARGIN = 8.0
-#: A frame counts as its place's own if it is at least this part of the way from the middle to its place.
-OWN = 0.3
+#: At most this part of the frames, on average, may be light of the place before.
+CARRIED = 0.1
 #: Clocks are read in steps and by busy machines [s].
 CLOCK_S = 0.02
 
-_DISCARDED, _LEARNT, _PROVED = 2, 3, 3
+_DISCARDED, _LEARNT, _PROVED = 2, 3, 4
 _CANDIDATES, _PLACES, _ENOUGH = 16, 6, 4
-_FORGET = 0.05
+_FORGET = 0.15
 _BATCHES = 5
 
 
@@ -54,14 +58,14 @@ class Places:
         w = (a - b) / (size + floor)
         return w, float(w @ (a + b)) / 2, float(w @ (a - b)) / 2
 
+    def between(self, frame: NDArray[np.float64], place: int, other: int) -> float:
+        """1 for a frame of the place, -1 for one of the other."""
+        w, middle, half = self.weights(place, other)
+        return (float(w @ frame) - middle) / half
+
     def share(self, frame: NDArray[np.float64], place: int) -> float:
-        """1 for a frame of the place, -1 for one of another, against the most similar of the others."""
-        shares = []
-        for other in range(len(self.means)):
-            if other != place:
-                w, middle, half = self.weights(place, other)
-                shares.append((float(w @ frame) - middle) / half)
-        return min(shares)
+        """Above 0 if the frame is more like the place than like any other."""
+        return min(self.between(frame, place, other) for other in range(len(self.means)) if other != place)
 
     def looks_like(self, frame: NDArray[np.float64]) -> int:
         """The place that the frame resembles most."""
@@ -82,6 +86,15 @@ class Freshness:
     dwell_s: float = 0.0
     stale: list[dict[str, Any]] = field(default_factory=list)
     clock: list[str] = field(default_factory=list)
+    shares: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def carried_over(self) -> float:
+        """The part of a frame that is light of the place before, on average; 0 but for noise in a lawful instrument."""
+        if not self.shares:
+            return 0.0
+        before, others = np.mean(self.shares, axis=0)
+        return float(others - before)
 
     @property
     def stale_frames(self) -> int:
@@ -162,7 +175,8 @@ def _differ(every: Places, seen: list[NDArray[np.float64]], one: int, other: int
         return False
     scores = [seen[index][_LEARNT:] @ w - middle for index in (one, other)]
     spread = np.sqrt((scores[0].var(ddof=1) + scores[1].var(ddof=1)) / 2)
-    return bool((scores[0].mean() - scores[1].mean()) / 2 > MARGIN * spread and scores[0].min() > 0 > scores[1].max())
+    apart = (scores[0].mean() - scores[1].mean()) / 2
+    return bool(apart > MARGIN * spread and apart > 0.5 * half and scores[0].min() > 0 > scores[1].max())
 
 
 def watch_moves(subject: Subject, places: Places, moves: int) -> Freshness:
@@ -184,7 +198,10 @@ def watch_moves(subject: Subject, places: Places, moves: int) -> Freshness:
 
 
 def _note(found: Freshness, places: Places, frame: NDArray[np.float64], own: int, before: int, where: str) -> None:
-    if places.share(frame, own) >= OWN:
+    others = [places.between(frame, own, other) for other in range(len(places.means)) if other not in (own, before)]
+    if before != own and others:
+        found.shares.append((places.between(frame, own, before), float(np.mean(others))))
+    if places.share(frame, own) > 0:
         places.learn(frame, own)
     else:
         looks = places.looks_like(frame)

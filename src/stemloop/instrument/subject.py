@@ -23,9 +23,13 @@ _IMAGE_PX = 8
 
 
 class Nonconforming(InstrumentError):
-    """The instrument does not do what its socket promises; the message says what was seen."""
+    """The instrument does not do what its socket promises; the message says what was seen, ``figures`` how much."""
 
     code = "nonconforming"
+
+    def __init__(self, message: str = "", **figures: Any) -> None:
+        super().__init__(message)
+        self.figures = figures
 
 
 class Bare:
