@@ -66,6 +66,8 @@ CONTROLS: dict[str, tuple[str, ...]] = {
 CHANNELS = {"HAADF": "HAADF", "ADF": "MAADF", "ABF": "ABF", "BF": "BF"}
 
 _CONTEXT_PIXELS = 256
+#: A camera may be this much later [s] than ten exposures.
+_PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -179,19 +181,27 @@ class NionInstrument:
             self._quiet()
         if self._inside is not None:
             self._inside.announce(key)
-        if instruction.exposes and self._read("blanked"):
+        if not instruction.exposes:
+            self._act(instruction)
+            return Exposure(None, 0.0, self.state())
+        if self._read("blanked"):
             raise InstrumentError("the beam is blanked; send Blank(blanked=False) before an exposure.")
+        if isinstance(instruction, Image):
+            return self._image(instruction)
+        assert isinstance(instruction, (Diffraction, Spectrum))
+        return self._points(instruction)
+
+    def _act(self, instruction: Instruction) -> None:
+        """Carry out what does not expose."""
         match instruction:
-            case Image():
-                return self._image(instruction)
-            case Diffraction() | Spectrum():
-                return self._points(instruction)
             case Probe():
                 self._park(instruction.position_m)
             case Blank():
                 self._change({"blanked": float(instruction.blanked)})
             case Optics() | Stage():
-                self._change(dict(moved(instruction)))
+                self._change(wanted := dict(moved(instruction)))
+                if "energy_eV" in wanted:
+                    self._info = self._describe()
             case Field():
                 self._change_view(instruction)
             case Detector():
@@ -200,7 +210,6 @@ class NionInstrument:
                 pass
             case _:
                 raise InstrumentError(f"{self._setup.name} cannot carry out {instruction.kind!r}.")
-        return Exposure(None, 0.0, self.state())
 
     def abort(self) -> None:
         """End the running exposure, or the next one, as soon as the hardware can; called from another thread."""
@@ -400,8 +409,14 @@ class NionInstrument:
         Nion's device kit then answers with the frame before and calls it complete."""
         source.acquire_sequence_prepare(1)
         data = source.acquire_sequence_begin(parameters, 1)
+        end = time.monotonic() + _PATIENCE_S + 10 * parameters.exposure_ms / S_TO_MS
         try:
             while not (data.is_complete or data.is_canceled):
+                if time.monotonic() > end:
+                    source.acquire_sequence_cancel()
+                    raise InstrumentError(
+                        f"{source.display_name} began a frame and does not end it; see Nion Swift's log."
+                    )
                 data = source.acquire_sequence_continue()
         finally:
             source.acquire_sequence_end()
