@@ -1,7 +1,7 @@
 """The audit log: who asked for what, and what came of it. Append-only, chained by hashes, durable.
 
-Each line is a JSON object. It ends with ``previous``, the SHA-256 of the line before, and ``sha256``, that of the
-line's own bytes before this last field. So a changed, lost or inserted line shows, the last line included. Lines cut
+Each line is a JSON object. It ends with ``previous``, the ``sha256`` of the line before, and its own ``sha256``, that of
+all its bytes before this last field. So a changed, lost or inserted line shows, the last line included. Lines cut
 off at the end show only against a head (count and hash) that was kept elsewhere: ``GET /audit/head`` gives it.
 """
 
@@ -23,14 +23,14 @@ from stemloop.instrument.files import sync_data, sync_directory, write_all
 _log = logging.getLogger(__name__)
 
 #: Lines that no reply waits for are made durable together, at most so late [s].
-GROUP_COMMIT_S = 0.05
+GROUP_COMMIT_S = 0.2
 
 _SEAL = b', "sha256": "'
 _SEAL_BYTES = len(_SEAL) + 64 + len(b'"}')
 
 
 class Head(NamedTuple):
-    """The end of the chain: number of lines, and the SHA-256 (hex) of the last."""
+    """The end of the chain: number of lines, and the ``sha256`` (hex) of the last."""
 
     lines: int
     sha256: str
@@ -51,7 +51,7 @@ class Audit:
             os.lseek(self._descriptor, 0, os.SEEK_END)
         except OSError as error:
             raise StorageError(f"cannot open {path}: {error.strerror}. Choose a writable directory.") from None
-        self._head = Head(count, hashlib.sha256(last).hexdigest() if last else "")
+        self._head = Head(count, last[-66:-2].decode("ascii", "replace") if last else "")
         self._dirty = threading.Event()
         self._closed = threading.Event()
         self._committer = threading.Thread(target=self._commit_groups, name="audit", daemon=True)
@@ -82,16 +82,16 @@ class Audit:
         with self._lock:
             if self._failed:
                 raise StorageError(f"{self._path} cannot be written any more ({self._failed}): restart the server.")
-            line = seal({"utc": time.time(), **wire.plain(entry), "previous": self._head.sha256})
+            line, sha256 = seal({"utc": time.time(), **entry, "previous": self._head.sha256})
             try:
                 write_all(self._descriptor, line + b"\n")
             except OSError as error:
                 self._failed = str(error.strerror)  # part of a line may be there; nothing is appended to it
                 raise StorageError(f"cannot write {self._path}: {error.strerror}. Make room on the disk.") from None
-            self._head = Head(self._head.lines + 1, hashlib.sha256(line).hexdigest())
+            self._head = Head(self._head.lines + 1, sha256)
         if durable:
             self.sync()
-        else:
+        elif not self._dirty.is_set():
             self._dirty.set()
 
     def sync(self) -> None:
@@ -125,10 +125,19 @@ class Audit:
             os.close(descriptor)
 
 
-def seal(entry: dict[str, Any]) -> bytes:
-    """The line of an entry: its JSON, closed by the hash of all bytes before."""
-    body = json.dumps(entry, default=str)[:-1].encode()
-    return body + _SEAL + hashlib.sha256(body).hexdigest().encode() + b'"}'
+def _plain(value: Any) -> Any:
+    plain = wire.plain(value)
+    return str(value) if plain is value else plain
+
+
+_encode = json.JSONEncoder(default=_plain).encode
+
+
+def seal(entry: dict[str, Any]) -> tuple[bytes, str]:
+    """The line of an entry: its JSON, closed by the hash of all bytes before; and that hash."""
+    body = _encode(entry)[:-1].encode()
+    sha256 = hashlib.sha256(body).hexdigest()
+    return body + _SEAL + sha256.encode() + b'"}', sha256
 
 
 def verify_audit(path: str | Path, head: Head | None = None) -> Head:
@@ -149,11 +158,12 @@ def verify_audit(path: str | Path, head: Head | None = None) -> Head:
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number} (bytes {offset} to {offset + len(line)})"
         body, seal_ = line[:-_SEAL_BYTES], line[-_SEAL_BYTES:]
-        if seal_ != _SEAL + hashlib.sha256(body).hexdigest().encode() + b'"}':
+        sha256 = hashlib.sha256(body).hexdigest()
+        if seal_ != _SEAL + sha256.encode() + b'"}':
             raise IntegrityError(f"{where}: it is not what was written; every line after it is in doubt.")
         if json.loads(line)["previous"] != last:
             raise IntegrityError(f"{where}: it does not follow from the line before; lines were lost or changed there.")
-        last = hashlib.sha256(line).hexdigest()
+        last = sha256
         offset += len(line) + 1
         if head is not None and number == head.lines and last != head.sha256:
             raise IntegrityError(f"{where}: its hash is not that of the head; the log up to here was written anew.")

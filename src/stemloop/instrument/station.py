@@ -28,7 +28,7 @@ PLAN_MAX = 1000
 
 _TICK_S = (0.02, 0.5)
 #: An acquire waits at most so long [s] for the beam to be blanked; a busy instrument blanks when it can.
-_BLANK_WAIT_S = 0.05
+_BLANK_WAIT_S = 0.02
 _ABORT_AGAIN_S = 0.02
 _ABORT_TRIES = 50
 
