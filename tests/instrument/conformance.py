@@ -81,7 +81,7 @@ class InstrumentConformance:
 
 
 class ServedConformance:
-    moves = 60
+    moves = 30
     token = None
 
     @pytest.fixture

@@ -34,7 +34,7 @@ from stemloop.simulate.twin import Twin
 
 def recording(dimensions=4):
     rng = np.random.default_rng(0)
-    scan = (Axis("y", 8, 0.5, 0.0, "nm"), Axis("x", 8, 0.5, 0.0, "nm"))
+    scan = tuple(Axis(name, 8 if dimensions > 2 else 64, 0.5, 0.0, "nm") for name in "yx")
     rest = {2: (), 3: (Axis("energy_loss", 32, 1.0, 0.0, "eV"),)}.get(
         dimensions, (Axis("det_y", 8, 1.0, -3.5, "mrad"), Axis("det_x", 8, 1.0, -3.5, "mrad"))
     )
@@ -64,6 +64,12 @@ class TestReplayOfSpectra(InstrumentConformance):
     @pytest.fixture
     def instrument(self):
         return Replay(recording(3))
+
+
+class TestReplayOfImages(InstrumentConformance):
+    @pytest.fixture
+    def instrument(self):
+        return Replay(recording(2))
 
 
 class TestServedModel(ServedConformance):

@@ -125,6 +125,20 @@ def test_a_beam_that_is_left_open_is_charged_and_blanked_in_time(bench, monkeypa
     assert cells(bench().guard) == cells(one.guard)
 
 
+def test_what_was_exposed_under_version_1_is_answered_and_counted(bench):
+    """A folder that an older server left: its ids answer their first results, its doses are on the map."""
+    one = bench()
+    asked = Diffraction(((0.5e-9, 0.5e-9),), 1e-3)
+    old = {**to_dict(asked), "version": 1}
+    kept = one.instrument.execute(asked, "old")
+    one.spool.result("old", old, int(np.ceil(CELL)), exposure=kept)
+    again = bench()
+    assert again.guard.ledger.committed.at(np.array([[0, 0]]))[0] == again.guard.ledger.spent == np.ceil(CELL)
+    before = again.instrument.state()["exposures"]
+    np.testing.assert_array_equal(again.do(asked, "old")["frames"], kept.frames)
+    assert again.instrument.state()["exposures"] == before
+
+
 def test_steps_and_rates_hold_over_commands(tmp_path):
     class Stageful(Replay):
         """A recording with a stage that only remembers."""

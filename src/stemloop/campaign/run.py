@@ -23,6 +23,7 @@ from stemloop.campaign.score import TruthFile, score
 from stemloop.campaign.settings import Settings
 from stemloop.campaign.site import Site, write_json
 from stemloop.campaign.stopwatch import Stopwatch
+from stemloop.core import instruction as instructions
 from stemloop.core.errors import InputError, IntegrityError, StorageError, UnreadableFile
 from stemloop.core.record import content_hash
 from stemloop.decide.acquire import ACQUISITIONS
@@ -249,7 +250,8 @@ class Run:
             if record["kind"] == "exposure" and not record["lost"]:
                 asked = self.site.journal.find("command", record["key"]) or {}
                 where = record["calibration"]
-                for k, position in enumerate(asked["instruction"].get("positions_m", [])):
+                instruction = instructions.from_dict(asked["instruction"])
+                for k, position in enumerate(getattr(instruction, "positions_m", ())):
                     placed.setdefault(where["stream"], {})[where["first"] + k] = position
         filled = {}
         for stream, known in placed.items():

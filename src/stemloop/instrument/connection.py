@@ -70,7 +70,10 @@ def find(address: Address) -> Place:
     scheme, _, rest = str(address).rpartition("://")
     host, _, port = rest.rstrip("/").removesuffix("/control").rpartition(":")
     if not host or not port.isdigit() or scheme not in ("", "ws", "wss", "http", "https"):
-        raise InputError(f"an address is a server's directory, host:port, or wss://host:port; got {address!r}.")
+        raise InputError(
+            f"an address is a server's directory, host:port, or wss://host:port; got {str(address)!r}, and there is no "
+            "such directory here."
+        )
     return Place(host.strip("[]"), int(port), scheme in ("wss", "https"))
 
 

@@ -32,11 +32,13 @@ from stemloop.instrument.subject import Moment, Nonconforming, Subject
 MARGIN = 8.0
 #: At most this part of the frames, on average, may be light of the place before.
 CARRIED = 0.1
+#: How many places are looked at for some that differ.
+CANDIDATES = 16
 #: Clocks are read in steps and by busy machines [s].
 CLOCK_S = 0.02
 
 _DISCARDED, _LEARNT, _PROVED = 2, 3, 4
-_CANDIDATES, _PLACES, _ENOUGH = 16, 6, 4
+_PLACES, _ENOUGH = 6, 4
 _FORGET = 0.15
 _BATCHES = 5
 
@@ -104,7 +106,7 @@ class Freshness:
 
 def learning_frames() -> int:
     """How many frames the places cost at most before the moves begin."""
-    return _CANDIDATES * (_DISCARDED + _LEARNT + _PROVED) * 5
+    return CANDIDATES * (_DISCARDED + _LEARNT + _PROVED) * 5
 
 
 def _flat(frames: Any) -> NDArray[np.float64]:
@@ -122,26 +124,26 @@ def _count(frames: Any) -> Any:
     return "no" if frames is None else len(frames)
 
 
-def find_places(subject: Subject, kind: str) -> Places | None:
+def find_places(subject: Subject, kind: str, candidates: int = CANDIDATES) -> Places | None:
     """Places whose frames can be told apart; None if there are none.
 
     The gentlest dwell that gives four of them, or else the one that gives most: between two places alone a frame that
     is two moves late would go unseen.
     """
-    candidates = subject.places(_CANDIDATES, kind)
+    tried = subject.places(candidates, kind)
     best: Places | None = None
     for dwell_s in subject.dwells(kind):
         try:
             seen = [
                 np.array([_shown(subject, kind, place, dwell_s) for _ in range(_DISCARDED + _LEARNT + _PROVED)])
-                for place in candidates
+                for place in tried
             ]
         except (Refused, InputError):
             continue  # this dwell is not allowed here
-        chosen = _apart(kind, dwell_s, candidates, [frames[_DISCARDED:] for frames in seen])
+        chosen = _apart(kind, dwell_s, tried, [frames[_DISCARDED:] for frames in seen])
         if chosen is not None and (best is None or len(chosen.positions) > len(best.positions)):
             best = chosen
-        if best is not None and len(best.positions) >= min(_ENOUGH, len(candidates)):
+        if best is not None and len(best.positions) >= min(_ENOUGH, len(tried)):
             break
     return best
 
@@ -261,7 +263,7 @@ def check_freshness(subject: Subject, moves: int, kind: str | None = None) -> Fr
     """Find places and move between them; an ``InstrumentError`` if no two places look different."""
     kinds = [kind] if kind else list(subject.kinds())
     for one in kinds:
-        places = find_places(subject, one)
+        places = find_places(subject, one, max(8, min(CANDIDATES, moves // 5)))
         if places is not None:
             return watch_moves(subject, places, moves)
     raise InstrumentError(

@@ -128,6 +128,8 @@ class Replay:
         if self._image is not None:
             kinds = (Image.kind, *kinds)
         sample: dict[str, Any] = {"recorded": True}
+        if self._image is not None:
+            sample["image_shape"] = list(self._image.data.shape)
         if not _is_metric(signal.axes[:2]):
             sample["positions"] = "no spatial calibration: 1 px counts as 1 nm"
         self._info = InstrumentInfo(

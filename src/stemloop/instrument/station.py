@@ -241,7 +241,8 @@ class Station:
             if idle_exit_s is not None and time.monotonic() >= self._leave_at(idle_exit_s):
                 stop()
             lease = self.desk.lease
-            pace = min(lease.ttl_s if lease else math.inf, self._grace_s, idle_exit_s or math.inf) / 10
+            parked_s = self.guard.limits.parked_max_s or math.inf
+            pace = min(lease.ttl_s if lease else math.inf, self._grace_s, idle_exit_s or math.inf, parked_s) / 10
             await asyncio.sleep(min(max(pace, _TICK_S[0]), _TICK_S[1]))
 
     def _leave_at(self, idle_exit_s: float) -> float:
