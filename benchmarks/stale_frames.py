@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
-sys.path.remove(str(Path(__file__).parent))  # benchmarks/coverage.py is not the package coverage
 
 import numpy as np
 from nion.utils import Geometry
