@@ -15,6 +15,7 @@ time from an operator's takeover, sent while a program's long exposure runs, to 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import multiprocessing
 import os
@@ -98,8 +99,12 @@ def unguarded(port: int) -> None:
         try:
             while True:
                 message = wire.decode((await connection.receive())["bytes"])
-                thread = message["op"] == "thread"
-                await connection.send_bytes(await hand.call(answer, message) if thread else answer(message))
+                if message["op"] != "thread":
+                    await connection.send_bytes(answer(message))
+                    continue
+                loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+                hand.post(lambda m=message, d=done, loop=loop: loop.call_soon_threadsafe(d.set_result, answer(m)))
+                await connection.send_bytes(await done)
         except (WebSocketDisconnect, KeyError):
             pass
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from stemloop.core import units
-from stemloop.core.errors import Aborted, DoseError, LimitError
+from stemloop.core.errors import Aborted, DoseError, InstrumentError, LimitError, OutcomeUnknown
 from stemloop.core.instruction import Blank, Diffraction, Image, Line, Optics, Probe, Raster, Report, Stage, to_dict
 from stemloop.core.signal import Axis, Signal
 from stemloop.instrument.audit import Audit
@@ -123,6 +123,28 @@ def test_a_beam_that_is_left_open_is_charged_and_blanked_in_time(bench, monkeypa
     one.guard.unpark()
     assert one.instrument.state()["blanked"]
     assert cells(bench().guard) == cells(one.guard)
+
+
+def test_an_opening_whose_end_was_never_seen_is_charged_after_the_restart(bench):
+    one = bench()
+    one.spool.intent("open", to_dict(Blank(False)), 1, 1000, "agent")
+    again = bench()
+    assert again.guard.ledger.spent == again.guard.ledger.committed.total == 1000
+    with pytest.raises(OutcomeUnknown):
+        again.do(Blank(False), "open")
+
+
+def test_an_instrument_that_fails_to_open_the_beam_is_charged_for_it(bench, monkeypatch):
+    one = bench()
+
+    def fail(instruction):
+        raise RuntimeError("the blanker is stuck")
+
+    monkeypatch.setattr(one.instrument, "_execute", fail)
+    with pytest.raises(InstrumentError, match="stuck"):
+        one.do(Blank(False), "open")
+    assert one.guard.ledger.spent == np.ceil(units.electrons(1e-11, 0.025))
+    assert bench().guard.ledger.spent == one.guard.ledger.spent
 
 
 def test_what_was_exposed_under_version_1_is_answered_and_counted(bench):

@@ -18,21 +18,8 @@ from stemloop.core.errors import InputError
 from stemloop.instrument import wire
 from stemloop.instrument.audit import verify_audit
 
-FIELDS = [
-    "id",
-    "fencing",
-    "instruction",
-    "data",
-    "key",
-    "first",
-    "count",
-    "plan",
-    "token",
-    "lease_id",
-    "ttl_s",
-    "takeover",
-    "expected",
-]
+NUMBERS = ["fencing", "first", "count", "ttl_s", "expected"]
+FIELDS = [*NUMBERS, "id", "instruction", "data", "key", "plan", "token", "lease_id", "takeover"]
 REPORT = {"kind": "report", "version": 2}
 
 
@@ -166,7 +153,7 @@ def test_memory_stays_flat_under_a_siege(tmp_path, spawn):
     one = type("There", (), {"url": f"ws://127.0.0.1:{port}"})
     server = psutil.Process(process.pid)
     rng = np.random.default_rng(2)
-    bomb = b"\x82\xa2op\xa5check\xa4plan\xdd\x00\x1e\x00\x00" + b"\x90" * 0x1E0000
+    bomb = b"\x82\xa2op\xa5check\xa4plan\xdd\x00\x0f\x00\x00" + b"\x90" * 0x0F0000
 
     def siege():
         with Line(one, None) as line:
@@ -183,7 +170,7 @@ def test_memory_stays_flat_under_a_siege(tmp_path, spawn):
                 pass
 
     memory = []
-    for _ in range(5):
+    for _ in range(4):
         siege()
         memory.append(server.memory_info().rss / 2**20)
     assert memory[-1] - memory[1] < 24, memory  # MiB; an allocator keeps some of what the first rounds freed

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stemloop.campaign.site import IDLE_EXIT_S, write_json
-from stemloop.core.errors import InputError, InstrumentError, StemloopError
+from stemloop.core.errors import InputError, InstrumentError, MissingExtra, StemloopError
 from stemloop.core.protocols import Instrument
 
 if TYPE_CHECKING:
@@ -90,7 +89,12 @@ def serve_by_hand(
     from stemloop.instrument.server import serve
 
     declared = None if limits is None else Limits.load(limits)
-    instrument = build({"instrument": kind, "specimen": specimen, "seed": seed, "damage": False}, directory)
+    try:
+        instrument = build({"instrument": kind, "specimen": specimen, "seed": seed, "damage": False}, directory)
+    except ModuleNotFoundError as error:  # a microscope's PC may have only what serving needs
+        raise MissingExtra(
+            f"{kind} needs the package {error.name}, which is not installed: install stemloop with all it depends on."
+        ) from None
     name = instrument.info.name
     ended = threading.Event()
     teller = threading.Thread(target=_announce, args=(name, directory, ended, tell), daemon=True)
@@ -114,6 +118,7 @@ def _announce(name: str, directory: Path, ended: threading.Event, tell: Callable
 
 def main(folder: Path) -> int:
     """Serve the instrument of ``folder/config.json``; a failure is left in ``failed.json`` for the run to tell."""
+    from stemloop.campaign.site import IDLE_EXIT_S
     from stemloop.instrument.server import serve
     from stemloop.stream.channel import Sender
 
@@ -132,6 +137,8 @@ def main(folder: Path) -> int:
 
 
 def _failed(folder: Path, error: StemloopError) -> int:
+    from stemloop.campaign.site import write_json
+
     write_json(folder / "failed.json", {"code": error.code, "message": str(error)})
     return error.exit_code
 

@@ -1,7 +1,7 @@
 """The audit log: who asked for what, and what came of it. Append-only, chained by hashes, durable.
 
-Each line is a JSON object. It ends with ``previous``, the ``sha256`` of the line before, and its own ``sha256``, that of
-all its bytes before this last field. So a changed, lost or inserted line shows, the last line included. Lines cut
+Each line is a JSON object. It ends with ``previous``, the ``sha256`` of the line before, and its own ``sha256``, that
+of all its bytes before this last field. So a changed, lost or inserted line shows, the last line included. Lines cut
 off at the end show only against a head (count and hash) that was kept elsewhere: ``GET /audit/head`` gives it.
 """
 

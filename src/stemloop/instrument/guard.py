@@ -32,7 +32,7 @@ from stemloop.core.errors import (
     StemloopError,
     from_code,
 )
-from stemloop.core.instruction import Blank, Image, Instruction, Report
+from stemloop.core.instruction import Blank, Image, Instruction, Probe, Report
 from stemloop.core.protocols import Abortable, Batch, Exposure, FrameSink, Instrument, Reporting
 from stemloop.core.record import content_hash
 from stemloop.instrument import wire
@@ -108,7 +108,7 @@ class Guard:
         self.ledger = DoseLedger(min(budgets, default=None), spool.spent, limits.region)
         for past in spool.past():
             if limits.region is not None:
-                self._recall(**past)
+                self._recall(**{**past, "state": {**instrument.state(), **past["state"]}})
         self.desk = desk
         self._instrument = instrument
         self._spool = spool
@@ -308,16 +308,37 @@ class Guard:
         state = {} if isinstance(asked, Report) else self.state()
         self.limits.check(asked, 0.0, self.info, state)
         self.watch.admit(asked, state, time.monotonic())
-        name, settled = command.command_id, 0
         if (spot := self.limits.opened(asked, state)) is not None:
-            electrons = units.electrons(current_A(state, self.limits), self.limits.parked_max_s or 0.0)
-            self.ledger.reserve(name, electrons, self.ledger.footprint(spot, self.info, state))
-            settled = self.ledger.settle(name)  # in advance: the beam may rest so long, whatever becomes of us
+            return self._open(command, asked, spot, state)
         with _instrument_errors():
             exposure = self._carry_out(command, asked)
         if not isinstance(asked, Report):
             message = wire.instruction_to_message(asked)
-            self._spool.result(name, message, settled, exposure=exposure, durable=settled > 0)
+            self._spool.result(command.command_id, message, 0, exposure=exposure, durable=False)
+        return exposure
+
+    def _open(self, command: Command, asked: Instruction, spot: Probe, state: dict[str, Any]) -> Exposure:
+        """Let the open beam rest at ``spot``; it is charged for as long as it may, whatever becomes of us."""
+        name, message = command.command_id, wire.instruction_to_message(asked)
+        electrons = units.electrons(current_A(state, self.limits), self.limits.parked_max_s or 0.0)
+        reserved = self.ledger.reserve(name, electrons, self.ledger.footprint(spot, self.info, state))
+        try:
+            self._spool.intent(name, message, command.fencing or 0, reserved, command.who.name)
+        except StemloopError:
+            self.ledger.settle(name, 0.0)
+            raise
+        try:
+            with _instrument_errors():
+                exposure = self._carry_out(command, asked)
+        except LeaseError:  # somebody took over at the last moment: the instrument was not asked
+            self.ledger.settle(name, 0.0)
+            self._spool.cancel(name)
+            raise
+        except StemloopError as error:
+            refused = isinstance(error, (Refused, InputError))
+            self._keep(name, message, self.ledger.settle(name, 0.0 if refused else None), error=error)
+            raise
+        self._keep(name, message, self.ledger.settle(name), exposure=exposure)
         return exposure
 
     def _recall(self, instruction: dict[str, Any], settled: int, exposed: int | None, state: dict[str, Any]) -> None:

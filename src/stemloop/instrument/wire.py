@@ -22,7 +22,7 @@ from stemloop.core.protocols import Camera, Exposure, InstrumentInfo
 #: The largest message that is written or read [bytes].
 MAX_BYTES = 640 * 2**20
 #: The largest message that a client may send to a server [bytes]: a command is small.
-MAX_COMMAND_BYTES = 2 * 2**20
+MAX_COMMAND_BYTES = 2**20
 #: The deepest nesting of a message that is read.
 MAX_DEPTH = 16
 
