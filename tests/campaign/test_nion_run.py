@@ -8,16 +8,17 @@ import pytest
 
 pytest.importorskip("nion.usim_device", reason="the extra nion is not installed")
 
-from campaign.test_run import exposed_positions, run_under_fire, stemloop
-from stemloop.campaign.run import start
+from campaign.test_run import exposed_positions, run_under_fire, start
+from stemloop.campaign import run as runs
 from stemloop.campaign.settings import Settings
 from stemloop.core.errors import InputError, MissingExtra
 from stemloop.store import files
 
 
 def run(folder, *words):
-    done = stemloop("run", *words, "--out", folder)
-    assert done.returncode == 0, done.stderr
+    process = start("run", *words, "--out", folder)
+    _, error = process.communicate(timeout=280)
+    assert process.returncode == 0, error
     return json.loads((folder / "summary.json").read_text())
 
 
@@ -57,7 +58,7 @@ def test_nions_simulator_is_mapped_as_far_as_its_physics_goes(tmp_path):
 
 def test_an_unknown_part_of_nion_is_said_before_anything_is_made(tmp_path):
     with pytest.raises(InputError, match="known: twin, nion:twin, nion:usim, replay:FILE"):
-        start(Settings(instrument="nion:tem"), tmp_path / "run")
+        runs.start(Settings(instrument="nion:tem"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -66,5 +67,5 @@ def test_without_the_extra_its_name_is_said_before_anything_is_made(tmp_path, mo
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "nion", None)  # as if it were not installed
     with pytest.raises(MissingExtra, match=r"pip install 'stemloop\[nion\]'"):
-        start(Settings(instrument="nion:usim"), tmp_path / "run")
+        runs.start(Settings(instrument="nion:usim"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
