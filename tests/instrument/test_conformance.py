@@ -85,7 +85,7 @@ class TestServedTwin(ServedConformance):
 
     @pytest.fixture
     def address(self, served):
-        return served(instrument=Twin("MoS2", 0), idle_exit_s=0.6).directory
+        return served(instrument=Twin("MoS2", 0), idle_exit_s=2.0, heartbeat_s=20.0).directory
 
 
 class TestServedReplay(ServedConformance):

@@ -60,10 +60,10 @@ def test_an_instrument_served_by_hand_is_told_its_address_and_ends_with_ctrl_c(t
     np.save(tmp_path / "image.npy", np.random.default_rng(0).poisson(50.0, (64, 64)).astype(np.float32))
     (tmp_path / "limits.yaml").write_text("field_m: [64e-9, 64e-9]\ndwell_max_s: 0.01\n")
     words = ["serve", f"replay:{tmp_path / 'image.npy'}", "--dir", tmp_path / "memory"]
+    words += ["--limits", tmp_path / "limits.yaml", "--max-dose", "1e9"]
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from stemloop import cli; "
     process = subprocess.Popen(
-        [sys.executable, "-c", code + "sys.exit(cli.main(['instrument', *sys.argv[1:]]))", *map(str, words)]
-        + ["--limits", str(tmp_path / "limits.yaml"), "--max-dose", "1e9"],
+        [sys.executable, "-c", code + "sys.exit(cli.main(['instrument', *sys.argv[1:]]))", *map(str, words)],
         env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
