@@ -10,10 +10,16 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stemloop.core.errors import InputError, InstrumentError, MissingExtra, StemloopError
 from stemloop.core.protocols import Instrument
+
+if TYPE_CHECKING:
+    from stemloop.simulate.twin import Twin
+
+#: What ``--instrument`` may name: the twin, the twin or Nion's own simulator inside Nion Swift, a recording.
+KINDS = "twin, nion:twin, nion:usim, replay:FILE"
 
 #: Of sulphur in MoS2 at 80 kV: J. C. Meyer et al., Phys. Rev. Lett. 109, 035503 (2012),
 #: doi:10.1103/PhysRevLett.109.035503. Carbon in graphene is safe at 60 kV.
@@ -21,23 +27,36 @@ KNOCK_ON_BARN = {"MoS2": 1.8}
 
 
 def build(config: dict[str, Any], folder: Path) -> Instrument:
-    """The instrument that a run's settings name: ``twin`` or ``replay:FILE``."""
+    """The instrument that a run's settings name: see :data:`KINDS`."""
     kind, _, argument = str(config["instrument"]).partition(":")
     if kind == "twin" and not argument:
-        from stemloop.simulate.twin import Twin
+        return _twin(config, folder)
+    if kind == "nion" and argument == "twin":
+        from stemloop.instrument.nion.kinds import inside_nion
 
-        twin = Twin(config["specimen"], config["seed"], damage_barn=_cross_section(config))
-        if "run" in config:  # for scoring
-            truth = folder.parent / "truth"
-            truth.mkdir(exist_ok=True)
-            twin.write_truth(str(truth / "truth.npz"))
-        return twin
+        return inside_nion(_twin(config, folder))
+    if kind == "nion" and argument == "usim":
+        from stemloop.instrument.nion.kinds import usim
+
+        return usim()
     if kind == "replay" and argument:
         from stemloop.campaign.recording import recording
         from stemloop.instrument.replay import Replay
 
         return Replay(recording(argument))
-    raise InputError(f"unknown instrument {config['instrument']!r}; known: twin, replay:FILE.")
+    raise InputError(f"unknown instrument {config['instrument']!r}; known: {KINDS}.")
+
+
+def _twin(config: dict[str, Any], folder: Path) -> Twin:
+    """The twin of the settings; its truth goes beside the run, for scoring."""
+    from stemloop.simulate.twin import Twin
+
+    twin = Twin(config["specimen"], config["seed"], damage_barn=_cross_section(config))
+    if "run" in config:  # for scoring
+        truth = folder.parent / "truth"
+        truth.mkdir(exist_ok=True)
+        twin.write_truth(str(truth / "truth.npz"))
+    return twin
 
 
 def _cross_section(config: dict[str, Any]) -> float | None:

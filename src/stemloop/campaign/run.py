@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import numpy as np
 
 from stemloop import __version__
 from stemloop.campaign import documents, report
+from stemloop.campaign.host import KINDS
 from stemloop.campaign.journal import Journal
 from stemloop.campaign.loop import Experiment, Step
 from stemloop.campaign.memory import peak_memory_MB
@@ -50,13 +52,15 @@ def default_folder(settings: Settings) -> Path:
 def _check(settings: Settings) -> None:
     """Raise InputError for a name that nothing is registered under, before anything is made or started."""
     RECIPES[settings.recipe]
-    kind, colon, path = settings.instrument.partition(":")
-    if kind == "twin" and not colon:
+    kind, _, path = settings.instrument.partition(":")
+    if settings.instrument in ("twin", "nion:twin"):
         from stemloop.simulate.specimens import SPECIMENS
 
         SPECIMENS[str(settings.specimen)]
-    elif kind != "replay" or not path:
-        raise InputError(f"unknown instrument {settings.instrument!r}; known: twin, replay:FILE.")
+    elif settings.instrument != "nion:usim" and (kind != "replay" or not path):
+        raise InputError(f"unknown instrument {settings.instrument!r}; known: {KINDS}.")
+    if kind == "nion":
+        importlib.import_module("stemloop.instrument.nion")  # says so in a line if the extra is missing
     if settings.acquisition is not None:
         ACQUISITIONS[settings.acquisition]
     if settings.calculator is not None:
@@ -281,6 +285,7 @@ class Run:
         if recipe.overview is not None:
             maps["overview"] = recipe.overview.image
             maps["overview_extent_m"] = recipe.overview.extent_m
-            maps["columns_m"] = recipe.overview.columns_m
-            maps["columns_sublattice"] = recipe.overview.columns.sublattice
+            if len(recipe.overview.columns):
+                maps["columns_m"] = recipe.overview.columns_m
+                maps["columns_sublattice"] = recipe.overview.columns.sublattice
         return maps

@@ -34,9 +34,11 @@ def add(verbs: Any) -> None:
 
     run = verbs.add_parser("run", help="run a recipe on an instrument")
     run.add_argument("recipe", help="strain-energy, defect-energy or eels-map")
-    run.add_argument("--instrument", default="twin", metavar="KIND", help="twin (default) or replay:FILE")
+    run.add_argument(
+        "--instrument", default="twin", metavar="KIND", help="twin (default), nion:twin, nion:usim or replay:FILE"
+    )
     run.add_argument("--specimen", default="MoS2", help="of the twin (default MoS2)")
-    run.add_argument("--scalarizer", metavar="NAME", help="of spectra: Ti-L23 (default), O-K")
+    run.add_argument("--scalarizer", metavar="NAME", help="of spectra: Ti-L23 (default), O-K, thickness")
     _budgets(run)
     run.set_defaults(do=_start)
 
@@ -65,7 +67,7 @@ def _settings(words: argparse.Namespace) -> Settings:
     return Settings(
         recipe=words.recipe,
         instrument=instrument,
-        specimen=words.specimen if instrument == "twin" else None,
+        specimen=words.specimen if instrument.endswith("twin") else None,
         seed=words.seed,
         target_sigma=words.target_sigma,
         max_points=words.max_points,
