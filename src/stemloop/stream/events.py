@@ -158,7 +158,7 @@ class EventBlock:
         if self.counts is None:
             return self
         indptr = np.concatenate([[0], np.cumsum(self.electrons())])
-        return EventBlock(indptr, np.repeat(self.index, self.counts), self.shape, trusted=True)
+        return EventBlock(indptr, np.repeat(self.index, self.counts.astype(np.int64)), self.shape, trusted=True)
 
     def frame(self, index: int) -> NDArray[Any]:
         if not -self.frames <= index < self.frames:
@@ -337,22 +337,23 @@ def _spread_counted(indptr, index, counts, flat):  # type: ignore[no-untyped-def
 
 @numba.njit(cache=True, nogil=True, boundscheck=False)
 def _packed(indptr, index, table, sums):  # type: ignore[no-untyped-def]
+    one, two, three, four = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(4)  # unsigned: no look for i < 0
     for f in range(len(indptr) - 1):
-        i, stop = indptr[f], indptr[f + 1]
-        fours = stop - (stop - i) % 4
+        i, stop = np.uint64(indptr[f]), np.uint64(indptr[f + 1])
+        fours = stop - ((stop - i) & three)
         a = np.uint64(0)
         b = np.uint64(0)
         c = np.uint64(0)
         d = np.uint64(0)
         while i < fours:  # four sums, so that no addition waits for the one before
             a += table[index[i]]
-            b += table[index[i + 1]]
-            c += table[index[i + 2]]
-            d += table[index[i + 3]]
-            i += 4
+            b += table[index[i + one]]
+            c += table[index[i + two]]
+            d += table[index[i + three]]
+            i += four
         while i < stop:
             a += table[index[i]]
-            i += 1
+            i += one
         sums[f] = a + b + c + d
 
 
