@@ -68,7 +68,7 @@ def fit(total: NDArray[Any], frames: int) -> Model:
     # a pixel without an electron is expected to have a part of one, the less the more frames there are
     expected = (counts + 0.3 * (counts < 1)) / max(frames, 1)
     few = counts.sum() < 16 * pixels
-    fits = [k for k in range(MOST_LOW_BITS + 1) if expected.sum() * (MEAN << k) <= max(64 * pixels, 256)]
+    fits = [k for k in range(MOST_LOW_BITS + 1) if expected.sum() * (MEAN << k) <= max(16 * pixels, 4096)]
     low_bits = fits[-1] if fits else 0
     wanted = np.clip(expected * (MEAN << low_bits), 1, min(MEAN << low_bits, int(TICKS[-1])))
     allowed = np.flatnonzero(TICKS & (TICKS - 1) == 0) if few else np.arange(len(TICKS))
@@ -77,13 +77,11 @@ def fit(total: NDArray[Any], frames: int) -> Model:
 
 
 class Tables(NamedTuple):
-    """A model ready for the kernels. ``pixel`` (ticks >> shift,): the pixel in which a group of ticks begins; ``info``
-    (pixels + 1,): first tick | ticks << 32 | ticks from the pixel's middle on << 48; ``slots``: the static table, for each slot
-    symbol | slots << 8 | (slot - first slot) << 20."""
+    """A model ready for the kernels: ``pixel`` (whole,) of each tick; ``info`` (pixels,) is first tick | ticks << 32 |
+    ticks from the pixel's middle on << 48."""
 
     info: NDArray[np.uint64]
     pixel: NDArray[Any]
-    shift: int
     whole: int
     low_bits: int
 
@@ -94,22 +92,21 @@ def tables(model: Model) -> Tables:
         raise IntegrityError("the model of an entropy-coded block is damaged; ask its sender for the block again.")
     ticks = TICKS[model.grade]
     half = TICKS[np.searchsorted(TICKS, (ticks + 1) // 2, side="right") - 1]
-    first = np.concatenate([[0], np.cumsum(ticks)])
-    shift = int(ticks.min()).bit_length() - 1  # a group of ticks touches two pixels at most
-    groups = (np.arange(((int(first[-1]) - 1) >> shift) + 1)) << shift
-    pixel = (np.searchsorted(first, groups, side="right") - 1).astype(index_dtype(len(ticks)))
-    info = first.astype(np.uint64)
-    info[:-1] |= ticks.astype(np.uint64) << np.uint64(32)
-    info[:-1] |= half.astype(np.uint64) << np.uint64(48)
-    return Tables(info, pixel, shift, int(first[-1]), model.low_bits)
+    first = np.concatenate([[0], np.cumsum(ticks)]) + 1  # tick 0 is no pixel's: there the frame begins
+    pixel = np.repeat(np.arange(len(ticks), dtype=index_dtype(len(ticks))), ticks + (np.arange(len(ticks)) == 0))
+    info = first[:-1].astype(np.uint64)
+    info |= ticks.astype(np.uint64) << np.uint64(32)
+    info |= half.astype(np.uint64) << np.uint64(48)
+    return Tables(info, pixel, int(first[-1]), model.low_bits)
 
 
-def _slots() -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]]:
+def _slots() -> tuple[NDArray[np.uint32], NDArray[np.uint64], NDArray[np.uint64]]:
+    """For each slot symbol | slots of the symbol << 8 | number among them << 16 (all below 256); slots and first slot."""
     number = static_table()
     start = np.concatenate([[0], np.cumsum(number)[:-1]])
     symbol = np.repeat(np.arange(len(number)), number)
     inside = np.arange(1 << TABLE_BITS) - start[symbol]
-    return (symbol | number[symbol] << 8 | inside << 20).astype(np.uint32), number, start
+    return (symbol | number[symbol] << 8 | inside << 16).astype(np.uint32), number.astype(np.uint64), start.astype(np.uint64)
 
 
 _SLOTS, _NUMBER, _START = _slots()
@@ -125,22 +122,26 @@ def encode(events: EventBlock, model: Model, per_run: int) -> tuple[NDArray[np.u
 
     A run's first two words are its state (low word first)."""
     table = tables(model)
-    runs = -(-events.frames // per_run)
-    ends = np.zeros(runs + 1, np.int64)
-    if not runs:
-        return np.empty(0, np.uint32), ends
-    longest = int(np.diff(events.indptr[np.minimum(np.arange(runs + 1) * per_run, events.frames)]).max())
-    escapes = -(-table.whole * per_run // (ESCAPE << table.low_bits)) + 1
-    scratch = np.empty(longest + escapes + 4, np.uint32)
-    pieces = []
+    begins = events.indptr[run_edges(events.frames, per_run)]
+    runs = len(begins) - 1
+    escapes = table.whole * per_run // (ESCAPE << table.low_bits) // 4 + 16  # an escape is less than a quarter of a word
+    room = np.diff(begins) + escapes
+    place = np.concatenate([[0], np.cumsum(room)])
+    scratch = np.empty(int(place[-1]), np.uint32)
+    used = np.zeros(runs, np.int64)
+    _encode_runs(
+        events.indptr, events.index, per_run, table.info, table.whole, table.low_bits, _NUMBER, _START, scratch, place, used
+    )
+    ends = np.concatenate([[0], np.cumsum(used)])
+    words = np.empty(int(ends[-1]), np.uint32)
     for run in range(runs):
-        first, stop = run * per_run, min((run + 1) * per_run, events.frames)
-        used = _encode_run(
-            events.indptr, events.index, first, stop, table.info, table.whole, table.low_bits, _NUMBER, _START, scratch
-        )
-        pieces.append(scratch[len(scratch) - used :].copy())
-        ends[run + 1] = ends[run] + used
-    return np.concatenate(pieces), ends
+        words[ends[run] : ends[run + 1]] = scratch[place[run + 1] - used[run] : place[run + 1]]
+    return words, ends
+
+
+def run_edges(frames: int, per_run: int) -> NDArray[np.int64]:
+    """(runs + 1,): the first frame of each run, and the number of frames."""
+    return np.minimum(np.arange(-(-frames // per_run) + 1) * per_run, frames)
 
 
 def decode(
@@ -150,10 +151,11 @@ def decode(
     table = tables(model)
     place = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     index = np.empty(int(place[-1]), index_dtype(len(model.grade)))
-    indptr = np.empty(frames + 1, np.int64)
-    padded = np.append(words, np.uint32(0))
+    indptr = np.zeros(frames + 1, np.int64)
+    # an electron takes one word at most, so that damaged words cannot lead further than these zeros
+    padded = np.concatenate([words, np.zeros(int(sizes.max(initial=0)) + 64, np.uint32)])
     good = _decode_runs(
-        padded, ends, place, frames, per_run, table.info, table.pixel, table.shift, table.whole, table.low_bits, _SLOTS,
+        padded, ends, place, run_edges(frames, per_run), table.info, table.pixel, table.whole, table.low_bits, _SLOTS,
         indptr, index,
     )  # fmt: skip
     if not good:
@@ -161,165 +163,201 @@ def decode(
     return indptr, index
 
 
-@numba.njit(cache=True, nogil=True, boundscheck=False)
-def _encode_run(indptr, index, first, stop, info, whole, low_bits, number, start, scratch):  # type: ignore[no-untyped-def]
-    """Write the run of frames ``first`` .. ``stop`` to the end of ``scratch``, backwards; returns the words used."""
+@numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
+def _push(x, o, slots, start, low, low_bits, top, scratch):  # type: ignore[no-untyped-def]
+    """Write one symbol and its low bits onto the state; a word leaves it first where it would grow too large."""
     u = np.uint64
-    bound, low, bits = u(BOUND), u(low_bits), u(TABLE_BITS)
-    top = u(BOUND) >> (bits + low) << u(32)  # a symbol of n slots wants the state below n x top
-    escape_top = u(number[ESCAPE]) * (u(BOUND) >> bits << u(32))
-    low_mask = (u(1) << low) - u(1)
-    x = bound
-    o = len(scratch)
-    frame = stop - 1
-    i = indptr[stop] - 1
-    begin = indptr[first]
-    while i >= begin:
-        while indptr[frame] > i:
-            frame -= 1
-        here = info[index[i]]
-        ticks = (here >> u(32)) & u(0xFFFF)
-        tick = here & u(0xFFFFFFFF)
-        half = here >> u(48)
-        gap = np.int64(0)
-        if i > begin:
-            before = frame
-            while indptr[before] > i - 1:
-                before -= 1
-            if before == frame and index[i - 1] == index[i]:
-                ticks = half  # counted from this very pixel's middle
-                gap = -1
-            else:
-                other = info[index[i - 1]]
-                middle = (other & u(0xFFFFFFFF)) + ((other >> u(32)) & u(0xFFFF)) - (other >> u(48))
-                gap = np.int64(tick) + (frame - before) * whole - np.int64(middle)
-        else:
-            gap = np.int64(tick) + (frame - first) * whole
-        inside = x % ticks
-        x //= ticks
-        far = u(inside) if gap == -1 else u(gap) + inside
-        high = far >> low
-        symbol = high % u(ESCAPE)
-        slots = u(number[symbol])
-        if x >= slots * top:
-            o -= 1
-            scratch[o] = np.uint32(x & u(0xFFFFFFFF))
-            x >>= u(32)
-        x = (x << low) | (far & low_mask)
-        x = ((x // slots) << bits) + x % slots + u(start[symbol])
-        for _ in range(high // u(ESCAPE)):
-            slots = u(number[ESCAPE])
-            if x >= escape_top:
-                o -= 1
-                scratch[o] = np.uint32(x & u(0xFFFFFFFF))
-                x >>= u(32)
-            x = ((x // slots) << bits) + x % slots + u(start[ESCAPE])
-        i -= 1
-    scratch[o - 1] = np.uint32(x >> u(32))
-    scratch[o - 2] = np.uint32(x & u(0xFFFFFFFF))
-    return len(scratch) - (o - 2)
+    full = u(x >= slots * top)
+    scratch[o - u(1)] = np.uint32(x & u(0xFFFFFFFF))
+    o -= full
+    x = ((x >> (full << u(5))) << low_bits) | low
+    whole = x // slots
+    return (whole << u(TABLE_BITS)) + (x - whole * slots) + start, o
 
 
 @numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
-def _step(run, words, last_word, info, pixel, shift, whole, low, low_mask, slots, indptr, index):  # type: ignore[no-untyped-def]
-    """Decode one electron of a run (state, tick, pixel of the electron before, its word, its place, frame, last frame)."""
+def _put(run, i, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch):  # type: ignore[no-untyped-def]
+    """Encode electron ``i`` of a run (state, place in scratch, frame of the electron, its info, first frame, first)."""
     u = np.uint64
-    x, tick, before, word, place, frame, stop = run
+    x, o, frame, here, first_frame, begin = run
+    ticks = (here >> u(32)) & u(0xFFFF)
+    first = here & u(0xFFFFFFFF)
+    other = here
+    base = first
+    if i == u(indptr[frame]):  # the electron before is in a frame before
+        if i == begin:
+            base += (frame - first_frame) * whole
+        else:
+            later = frame
+            while u(indptr[frame]) > i - u(1):
+                frame -= u(1)
+            other = info[index[i - u(1)]]
+            base += (later - frame) * whole - (other & u(0xFFFFFFFF)) - ((other >> u(32)) & u(0xFFFF)) + (other >> u(48))
+    else:
+        other = info[index[i - u(1)]]
+        base = first - (other & u(0xFFFFFFFF)) - ((other >> u(32)) & u(0xFFFF)) + (other >> u(48))
+        if other == here:  # counted from this very pixel's middle
+            base = u(0)
+            ticks = here >> u(48)
+    rest = x // ticks
+    far = base + (x - rest * ticks)
+    high = far >> low_bits
+    escapes = high // u(ESCAPE)
+    symbol = high - escapes * u(ESCAPE)
+    x, o = _push(rest, o, number[symbol], start[symbol], far & low_mask, low_bits, top, scratch)
+    for _ in range(escapes):
+        x, o = _push(x, o, number[ESCAPE], start[ESCAPE], u(0), u(0), top << low_bits, scratch)
+    return x, o, frame, other, first_frame, begin
+
+
+@numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
+def _open(run, indptr, index, per_run, info, place):  # type: ignore[no-untyped-def]
+    u = np.uint64
+    first = u(run * per_run)
+    stop = min(first + u(per_run), u(len(indptr) - 1))
+    frame = stop - u(1)
+    while frame > first and indptr[frame] == indptr[stop]:
+        frame -= u(1)
+    begin = u(indptr[first])
+    end = u(indptr[stop])
+    here = info[index[end - u(1)]] if end > begin else u(0)
+    return (u(BOUND), u(place[run + 1]), frame, here, first, begin), end
+
+
+@numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
+def _close(run, number, place, scratch, used):  # type: ignore[no-untyped-def]
+    o = run[1] - np.uint64(2)
+    scratch[o] = np.uint32(run[0] & np.uint64(0xFFFFFFFF))
+    scratch[o + np.uint64(1)] = np.uint32(run[0] >> np.uint64(32))
+    used[number] = place[number + 1] - np.int64(o)
+
+
+@numba.njit(cache=True, nogil=True, boundscheck=False)
+def _encode_runs(indptr, index, per_run, info, whole_, low_bits_, number, start, scratch, place, used):  # type: ignore[no-untyped-def]
+    """Write each run backwards from the end of its room in ``scratch``."""
+    u = np.uint64
+    whole, low_bits = u(whole_), u(low_bits_)
+    low_mask = (u(1) << low_bits) - u(1)
+    top = (u(BOUND) >> (u(TABLE_BITS) + low_bits)) << u(32)  # a symbol of n slots wants the state below n x top
+    runs = len(used)
+    for r in range(0, runs, 2):  # two at a time: neither waits for the other one's divisions
+        q = min(r + 1, runs - 1)
+        a, i = _open(r, indptr, index, per_run, info, place)
+        b, j = _open(q, indptr, index, per_run, info, place)
+        if q > r:
+            for _ in range(min(i - a[5], j - b[5])):
+                i -= u(1)
+                j -= u(1)
+                a = _put(a, i, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch)
+                b = _put(b, j, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch)
+            while j > b[5]:
+                j -= u(1)
+                b = _put(b, j, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch)
+            _close(b, q, place, scratch, used)
+        while i > a[5]:
+            i -= u(1)
+            a = _put(a, i, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch)
+        _close(a, r, place, scratch, used)
+
+
+@numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
+def _get(run, place, words, info, pixel, whole, low_bits, low_mask, slots, indptr, index):  # type: ignore[no-untyped-def]
+    """Decode one electron of a run: (state, tick that the next gap counts from, its word, frame, last frame)."""
+    u = np.uint64
+    x, tick, word, frame, last = run
+    since = tick
     entry = u(slots[x & u((1 << TABLE_BITS) - 1)])
     symbol = entry & u(0xFF)
-    x = ((entry >> u(8)) & u(0xFFF)) * (x >> u(TABLE_BITS)) + (entry >> u(20))
+    x = ((entry >> u(8)) & u(0xFF)) * (x >> u(TABLE_BITS)) + (entry >> u(16))
     while symbol == u(ESCAPE):
-        tick += symbol << low
-        more = x < u(BOUND)
-        x = (x << u(32)) | u(words[word]) if more else x
-        word = min(word + u(more), last_word)
+        tick += u(ESCAPE) << low_bits
+        if x < u(BOUND):
+            x = (x << u(32)) | u(words[word])
+            word += u(1)
         entry = u(slots[x & u((1 << TABLE_BITS) - 1)])
         symbol = entry & u(0xFF)
-        x = ((entry >> u(8)) & u(0xFFF)) * (x >> u(TABLE_BITS)) + (entry >> u(20))
-    tick += (symbol << low) | (x & low_mask)
-    x >>= low
-    while tick >= whole:  # into the next frame
-        tick -= whole
-        before = u(0xFFFFFFFFFFFF)
-        if frame < stop:
-            frame += u(1)
-            indptr[frame] = place
-        else:
-            tick = u(0)
-    at = u(pixel[tick >> shift])
-    at += u((info[at + u(1)] & u(0xFFFFFFFF)) <= tick)
+        x = ((entry >> u(8)) & u(0xFF)) * (x >> u(TABLE_BITS)) + (entry >> u(16))
+    tick += (symbol << low_bits) + (x & low_mask)
+    x >>= low_bits
+    if tick >= whole:  # into the next frames
+        since = u(0)
+        while tick >= whole:
+            tick -= whole
+            if frame < last:
+                frame += u(1)
+                indptr[frame] = place
+            else:  # only damaged words lead here
+                tick = u(0)
+    at = pixel[tick]
+    index[place] = at
     here = info[at]
     ticks = (here >> u(32)) & u(0xFFFF)
+    first = here & u(0xFFFFFFFF)
     half = here >> u(48)
-    middle = (here & u(0xFFFFFFFF)) + ticks - half
-    same = at == before
+    middle = first + ticks - half
+    same = since >= first  # counted from this very pixel's middle
     base = half if same else ticks
-    inside = tick - (middle if same else here & u(0xFFFFFFFF))
-    more = x * base < u(BOUND)
-    x = (x << u(32)) | u(words[word]) if more else x
-    word = min(word + u(more), last_word)
-    index[place] = at
-    return x * base + inside, middle, at, word, place + u(1), frame, stop
+    inside = tick - (middle if same else first)
+    x *= base
+    need = u(x < u(BOUND))
+    x = (x << (need << u(5))) + (u(words[word]) & (u(0) - need)) * base + inside
+    return x, middle, word + need, frame, last
 
 
 @numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
-def _begin(run, words, ends, place, frames, per_run):  # type: ignore[no-untyped-def]
+def _start(run, words, ends, place, edges, indptr):  # type: ignore[no-untyped-def]
     u = np.uint64
     word = u(ends[run])
+    indptr[edges[run]] = place[run]
     x = u(words[word]) | u(words[word + u(1)]) << u(32)
-    frame = u(run * per_run)
-    return x, u(0), u(0xFFFFFFFFFFFF), word + u(2), u(place[run]), frame, u(min((run + 1) * per_run, frames) - 1)
+    return x, u(0), word + u(2), u(edges[run]), u(edges[run + 1] - 1)
 
 
 @numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
-def _end(run, place, indptr):  # type: ignore[no-untyped-def]
-    """Frames after the last electron of a run are empty. Whether the state is where the encoder began."""
-    frame = run[5]
-    while frame < run[6]:
-        frame += np.uint64(1)
-        indptr[frame] = run[4]
-    return run[0] == np.uint64(BOUND)
+def _end(run, number, place, ends, indptr):  # type: ignore[no-untyped-def]
+    """Frames after the last electron of a run are empty. Whether state and word are where the encoder began."""
+    for frame in range(run[3] + np.uint64(1), run[4] + np.uint64(1)):
+        indptr[frame] = place[number + 1]
+    return run[0] == np.uint64(BOUND) and run[2] == np.uint64(ends[number + 1])
 
 
 @numba.njit(cache=True, nogil=True, boundscheck=False)
-def _decode_runs(words, ends, place, frames, per_run, info, pixel, shift, whole, low_bits, slots, indptr, index):  # type: ignore[no-untyped-def]
+def _decode_runs(words, ends, place, edges, info, pixel, whole_, low_bits_, slots, indptr, index):  # type: ignore[no-untyped-def]
     u = np.uint64
     runs = len(ends) - 1
     good = True
-    shift_, whole_, low = u(shift), u(whole), u(low_bits)
-    low_mask = (u(1) << low) - u(1)
-    indptr[frames] = place[runs]
-    for run in range(0, runs, 4):  # four at a time: none waits for another one's multiplications and look-ups
-        number = min(4, runs - run)
-        r1, r2, r3 = run + min(1, number - 1), run + min(2, number - 1), run + min(3, number - 1)
-        for r in range(run, run + number):
-            indptr[r * per_run] = place[r]
-        a = _begin(run, words, ends, place, frames, per_run)
-        b = _begin(r1, words, ends, place, frames, per_run)
-        c = _begin(r2, words, ends, place, frames, per_run)
-        d = _begin(r3, words, ends, place, frames, per_run)
-        la, lb, lc, ld = u(ends[run + 1]), u(ends[r1 + 1]), u(ends[r2 + 1]), u(ends[r3 + 1])
-        sa = place[run + 1] - place[run]
-        sb, sc, sd = place[r1 + 1] - place[r1], place[r2 + 1] - place[r2], place[r3 + 1] - place[r3]
-        common = min(min(sa, sb), min(sc, sd)) if number == 4 else 0
-        for _ in range(common):
-            a = _step(a, words, la, info, pixel, shift_, whole_, low, low_mask, slots, indptr, index)
-            b = _step(b, words, lb, info, pixel, shift_, whole_, low, low_mask, slots, indptr, index)
-            c = _step(c, words, lc, info, pixel, shift_, whole_, low, low_mask, slots, indptr, index)
-            d = _step(d, words, ld, info, pixel, shift_, whole_, low, low_mask, slots, indptr, index)
-        for _ in range(common, sa):
-            a = _step(a, words, la, info, pixel, shift_, whole_, low, low_mask, slots, indptr, index)
-        good &= _end(a, place, indptr)
-        if number > 1:
-            for _ in range(common, sb):
-                b = _step(b, words, lb, info, pixel, shift_, whole_, low, low_mask, slots, indptr, index)
-            good &= _end(b, place, indptr)
-        if number > 2:
-            for _ in range(common, sc):
-                c = _step(c, words, lc, info, pixel, shift_, whole_, low, low_mask, slots, indptr, index)
-            good &= _end(c, place, indptr)
-        if number > 3:
-            for _ in range(common, sd):
-                d = _step(d, words, ld, info, pixel, shift_, whole_, low, low_mask, slots, indptr, index)
-            good &= _end(d, place, indptr)
+    whole, low_bits = u(whole_), u(low_bits_)
+    low_mask = (u(1) << low_bits) - u(1)
+    indptr[len(indptr) - 1] = place[runs]
+    fours = runs - runs % 4
+    for r in range(0, fours, 4):  # four at a time: none waits for another one's multiplications and look-ups
+        a = _start(r, words, ends, place, edges, indptr)
+        b = _start(r + 1, words, ends, place, edges, indptr)
+        c = _start(r + 2, words, ends, place, edges, indptr)
+        d = _start(r + 3, words, ends, place, edges, indptr)
+        i, j, k, m, n = u(place[r]), u(place[r + 1]), u(place[r + 2]), u(place[r + 3]), u(place[r + 4])
+        for _ in range(min(min(j - i, k - j), min(m - k, n - m))):
+            a = _get(a, i, words, info, pixel, whole, low_bits, low_mask, slots, indptr, index)
+            b = _get(b, j, words, info, pixel, whole, low_bits, low_mask, slots, indptr, index)
+            c = _get(c, k, words, info, pixel, whole, low_bits, low_mask, slots, indptr, index)
+            d = _get(d, m, words, info, pixel, whole, low_bits, low_mask, slots, indptr, index)
+            i += u(1)
+            j += u(1)
+            k += u(1)
+            m += u(1)
+        for p in range(i, place[r + 1]):
+            a = _get(a, u(p), words, info, pixel, whole, low_bits, low_mask, slots, indptr, index)
+        for p in range(j, place[r + 2]):
+            b = _get(b, u(p), words, info, pixel, whole, low_bits, low_mask, slots, indptr, index)
+        for p in range(k, place[r + 3]):
+            c = _get(c, u(p), words, info, pixel, whole, low_bits, low_mask, slots, indptr, index)
+        for p in range(m, place[r + 4]):
+            d = _get(d, u(p), words, info, pixel, whole, low_bits, low_mask, slots, indptr, index)
+        good &= _end(a, r, place, ends, indptr) and _end(b, r + 1, place, ends, indptr)
+        good &= _end(c, r + 2, place, ends, indptr) and _end(d, r + 3, place, ends, indptr)
+    for r in range(fours, runs):
+        a = _start(r, words, ends, place, edges, indptr)
+        for p in range(place[r], place[r + 1]):
+            a = _get(a, u(p), words, info, pixel, whole, low_bits, low_mask, slots, indptr, index)
+        good &= _end(a, r, place, ends, indptr)
     return good
