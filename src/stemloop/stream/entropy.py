@@ -20,11 +20,14 @@ its run.
 
 from __future__ import annotations
 
+import math
+
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import uniform_filter
 
 from stemloop.core.errors import IntegrityError
 from stemloop.stream.events import EventBlock, index_dtype
@@ -38,7 +41,9 @@ MOST_LOW_BITS = 11
 #: The state lies in [BOUND, BOUND 2^32); BOUND is a multiple of 2^(TABLE_BITS + MOST_LOW_BITS).
 BOUND = 315 << 23
 #: Ticks that a pixel may have: the divisors of BOUND up to 2^15.
-TICKS = np.array(sorted(odd << a for odd in (1, 3, 5, 7, 9, 15, 21, 35, 45, 63, 105, 315) for a in range(16) if odd << a <= 2**15))
+TICKS = np.array(
+    sorted(odd << a for odd in (1, 3, 5, 7, 9, 15, 21, 35, 45, 63, 105, 315) for a in range(16) if odd << a <= 2**15)
+)
 #: Events that a run should hold.
 RUN_EVENTS = 16384
 
@@ -62,16 +67,22 @@ class Model(NamedTuple):
 
 
 def fit(total: NDArray[Any], frames: int) -> Model:
-    """The model of ``frames`` frames whose sum is ``total`` (rows, columns)."""
-    counts = total.ravel().astype(np.float64)
-    pixels = len(counts)
+    """The model of ``frames`` frames whose sum is ``total`` (rows, columns).
+
+    Where there are few electrons a pixel, the sum is smoothed and the ticks are powers of two: a model must not take
+    more bytes than it saves."""
+    counts = total.astype(np.float64)
+    mean = counts.mean()
+    if 0 < mean < 8:
+        width = min(2 * math.ceil(math.sqrt(8 / mean)) // 2 + 1, *total.shape) if min(total.shape) > 1 else 1
+        counts = uniform_filter(counts, width, mode="nearest")
     # a pixel without an electron is expected to have a part of one, the less the more frames there are
-    expected = (counts + 0.3 * (counts < 1)) / max(frames, 1)
-    few = counts.sum() < 16 * pixels
+    expected = np.maximum(counts, min(0.3, mean + 1e-9)).ravel() / max(frames, 1)
+    pixels = len(expected)
     fits = [k for k in range(MOST_LOW_BITS + 1) if expected.sum() * (MEAN << k) <= max(16 * pixels, 4096)]
     low_bits = fits[-1] if fits else 0
     wanted = np.clip(expected * (MEAN << low_bits), 1, min(MEAN << low_bits, int(TICKS[-1])))
-    allowed = np.flatnonzero(TICKS & (TICKS - 1) == 0) if few else np.arange(len(TICKS))
+    allowed = np.flatnonzero(TICKS & (TICKS - 1) == 0) if mean < 16 else np.arange(len(TICKS))
     edges = np.sqrt(TICKS[allowed][1:] * TICKS[allowed][:-1])
     return Model(allowed[np.searchsorted(edges, wanted)].astype(np.uint8), low_bits)
 
@@ -106,7 +117,11 @@ def _slots() -> tuple[NDArray[np.uint32], NDArray[np.uint64], NDArray[np.uint64]
     start = np.concatenate([[0], np.cumsum(number)[:-1]])
     symbol = np.repeat(np.arange(len(number)), number)
     inside = np.arange(1 << TABLE_BITS) - start[symbol]
-    return (symbol | number[symbol] << 8 | inside << 16).astype(np.uint32), number.astype(np.uint64), start.astype(np.uint64)
+    return (
+        (symbol | number[symbol] << 8 | inside << 16).astype(np.uint32),
+        number.astype(np.uint64),
+        start.astype(np.uint64),
+    )
 
 
 _SLOTS, _NUMBER, _START = _slots()
@@ -124,13 +139,25 @@ def encode(events: EventBlock, model: Model, per_run: int) -> tuple[NDArray[np.u
     table = tables(model)
     begins = events.indptr[run_edges(events.frames, per_run)]
     runs = len(begins) - 1
-    escapes = table.whole * per_run // (ESCAPE << table.low_bits) // 4 + 16  # an escape is less than a quarter of a word
+    escapes = (
+        table.whole * per_run // (ESCAPE << table.low_bits) // 4 + 16
+    )  # an escape is less than a quarter of a word
     room = np.diff(begins) + escapes
     place = np.concatenate([[0], np.cumsum(room)])
     scratch = np.empty(int(place[-1]), np.uint32)
     used = np.zeros(runs, np.int64)
     _encode_runs(
-        events.indptr, events.index, per_run, table.info, table.whole, table.low_bits, _NUMBER, _START, scratch, place, used
+        events.indptr,
+        events.index,
+        per_run,
+        table.info,
+        table.whole,
+        table.low_bits,
+        _NUMBER,
+        _START,
+        scratch,
+        place,
+        used,
     )
     ends = np.concatenate([[0], np.cumsum(used)])
     words = np.empty(int(ends[-1]), np.uint32)
@@ -145,7 +172,12 @@ def run_edges(frames: int, per_run: int) -> NDArray[np.int64]:
 
 
 def decode(
-    words: NDArray[np.uint32], ends: NDArray[np.int64], sizes: NDArray[np.int64], model: Model, frames: int, per_run: int
+    words: NDArray[np.uint32],
+    ends: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    model: Model,
+    frames: int,
+    per_run: int,
 ) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """``(indptr, index)`` of what :func:`encode` wrote; ``sizes`` (runs,) are the electrons of each run."""
     table = tables(model)
@@ -192,7 +224,9 @@ def _put(run, i, indptr, index, info, whole, low_bits, low_mask, top, number, st
             while u(indptr[frame]) > i - u(1):
                 frame -= u(1)
             other = info[index[i - u(1)]]
-            base += (later - frame) * whole - (other & u(0xFFFFFFFF)) - ((other >> u(32)) & u(0xFFFF)) + (other >> u(48))
+            base += (
+                (later - frame) * whole - (other & u(0xFFFFFFFF)) - ((other >> u(32)) & u(0xFFFF)) + (other >> u(48))
+            )
     else:
         other = info[index[i - u(1)]]
         base = first - (other & u(0xFFFFFFFF)) - ((other >> u(32)) & u(0xFFFF)) + (other >> u(48))
