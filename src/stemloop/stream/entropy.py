@@ -258,12 +258,16 @@ def _open(run, indptr, index, per_run, info, place):  # type: ignore[no-untyped-
     return (u(BOUND), u(place[run + 1]), frame, here, first, begin), end
 
 
-@numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
-def _close(run, number, place, scratch, used):  # type: ignore[no-untyped-def]
+@numba.njit(cache=True, nogil=True, boundscheck=False)
+def _finish(run, i, r, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch, place, used):  # type: ignore[no-untyped-def]
+    """Encode what is left of a run and write its state."""
+    while i > run[5]:
+        i -= np.uint64(1)
+        run = _put(run, i, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch)
     o = run[1] - np.uint64(2)
     scratch[o] = np.uint32(run[0] & np.uint64(0xFFFFFFFF))
     scratch[o + np.uint64(1)] = np.uint32(run[0] >> np.uint64(32))
-    used[number] = place[number + 1] - np.int64(o)
+    used[r] = place[r + 1] - np.int64(o)
 
 
 @numba.njit(cache=True, nogil=True, boundscheck=False)
@@ -274,24 +278,28 @@ def _encode_runs(indptr, index, per_run, info, whole_, low_bits_, number, start,
     low_mask = (u(1) << low_bits) - u(1)
     top = (u(BOUND) >> (u(TABLE_BITS) + low_bits)) << u(32)  # a symbol of n slots wants the state below n x top
     runs = len(used)
-    for r in range(0, runs, 2):  # two at a time: neither waits for the other one's divisions
-        q = min(r + 1, runs - 1)
+    fours = runs - runs % 4
+    for r in range(0, fours, 4):  # four at a time: none waits for another one's divisions
         a, i = _open(r, indptr, index, per_run, info, place)
-        b, j = _open(q, indptr, index, per_run, info, place)
-        if q > r:
-            for _ in range(min(i - a[5], j - b[5])):
-                i -= u(1)
-                j -= u(1)
-                a = _put(a, i, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch)
-                b = _put(b, j, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch)
-            while j > b[5]:
-                j -= u(1)
-                b = _put(b, j, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch)
-            _close(b, q, place, scratch, used)
-        while i > a[5]:
+        b, j = _open(r + 1, indptr, index, per_run, info, place)
+        c, k = _open(r + 2, indptr, index, per_run, info, place)
+        d, m = _open(r + 3, indptr, index, per_run, info, place)
+        for _ in range(min(min(i - a[5], j - b[5]), min(k - c[5], m - d[5]))):
             i -= u(1)
+            j -= u(1)
+            k -= u(1)
+            m -= u(1)
             a = _put(a, i, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch)
-        _close(a, r, place, scratch, used)
+            b = _put(b, j, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch)
+            c = _put(c, k, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch)
+            d = _put(d, m, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch)
+        _finish(a, i, r, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch, place, used)
+        _finish(b, j, r + 1, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch, place, used)
+        _finish(c, k, r + 2, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch, place, used)
+        _finish(d, m, r + 3, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch, place, used)
+    for r in range(fours, runs):
+        a, i = _open(r, indptr, index, per_run, info, place)
+        _finish(a, i, r, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch, place, used)
 
 
 @numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
