@@ -163,8 +163,8 @@ class EventBlock:
         indptr = np.concatenate([[0], np.cumsum(self.electrons())])
         if indptr[-1] > max(_MOST_SINGLE, 64 * len(self.index)):
             raise InputError(
-                f"{indptr[-1]} electrons in {len(self.index)} pixels are too many to list one by one; keep them as counts "
-                "(codec 'events') or as dense frames."
+                f"{indptr[-1]} electrons in {len(self.index)} pixels are too many to list one by one; keep them as "
+                "counts (codec 'events') or as dense frames."
             )
         return EventBlock(indptr, np.repeat(self.index, self.counts.astype(np.int64)), self.shape, trusted=True)
 
@@ -231,7 +231,8 @@ class EventBlock:
     def _fits_u16(self) -> bool:
         if self.counts is not None:
             return int(self.counts.max(initial=0)) < 2**16
-        return int(np.diff(self.indptr).max(initial=0)) < 2**16 or int(self.counted().counts.max()) < 2**16  # type: ignore[union-attr]
+        few = int(np.diff(self.indptr).max(initial=0)) < 2**16
+        return few or self.counted()._fits_u16()
 
 
 def index_dtype(pixels: int) -> type[np.uint16] | type[np.uint32]:
