@@ -14,9 +14,10 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
+from scipy import fft, ndimage
 
 from stemloop.core.errors import InputError
 from stemloop.core.protocols import Block
@@ -25,8 +26,8 @@ from stemloop.reduce.engine import Maps
 
 Array = NDArray[np.float64]
 
-#: Samples a pixel at which a template is kept; between them it is interpolated by cubic splines.
-FINE = 8
+#: Samples a pixel at which a template is kept; between them it is interpolated linearly.
+FINE = 16
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,15 @@ class Template:
         return cls(np.maximum(fine / plateau, 0.0) * (far <= half), half)
 
     @functools.cached_property
-    def _spline(self) -> Array:
-        return np.asarray(ndimage.spline_filter(self.fine, order=3))
+    def slopes(self) -> tuple[Array, Array]:
+        """Derivatives of ``fine`` by the disk's own position (y, x) [1/px]."""
+        y, x = np.gradient(self.fine, 1 / FINE)
+        return -y, -x
 
     def at(self, y: Array, x: Array) -> Array:
         """Intensity in pixels whose middles lie (``y``, ``x``) [px] from the disk's centre."""
         places = [(y + self.half) * FINE, (x + self.half) * FINE]
-        return np.asarray(ndimage.map_coordinates(self._spline, places, order=3, prefilter=False, mode="constant"))
+        return np.asarray(ndimage.map_coordinates(self.fine, places, order=1, mode="constant"))
 
     @functools.cached_property
     def matched(self) -> Array:
@@ -88,6 +91,25 @@ class Template:
         image = self.at(y, x)
         near = np.hypot(y, x) <= self.half + 1
         return np.asarray(np.where(near, image - image[near].mean(), 0.0))
+
+    @functools.cached_property
+    def _spectra(self) -> dict[tuple[int, ...], tuple[tuple[int, ...], NDArray[Any], NDArray[Any]]]:
+        return {}
+
+    def search(self, image: Array) -> Array:
+        """(rows, columns): significance [deviations] of a disk at each pixel of an image of counts."""
+        matched = self.matched
+        edge = len(matched) // 2
+        if image.shape not in self._spectra:
+            size = tuple(fft.next_fast_len(n + 4 * edge, real=True) for n in image.shape)
+            both = [fft.rfft2(kernel[::-1, ::-1], size) for kernel in (matched, matched**2)]
+            self._spectra[image.shape] = (size, both[0], both[1])
+        size, filtered, squared = self._spectra[image.shape]
+        spectrum = fft.rfft2(np.pad(image, edge, mode="reflect"), size)
+        keep = tuple(slice(2 * edge, 2 * edge + n) for n in image.shape)
+        found, variance = (fft.irfft2(spectrum * kernel, size)[keep] for kernel in (filtered, squared))
+        # where next to nothing was counted, one count spread over the filter is the least doubt
+        return np.asarray(found / np.sqrt(np.maximum(variance, np.mean(matched**2))))
 
 
 @dataclass(frozen=True)
@@ -165,7 +187,9 @@ def find_disks(
         significance = np.full(len(places), np.nan)
     if len(places) == 0:
         return Disks.join([])
-    value, covariance, good = _fit(image, template, places)
+    n = len(places)
+    value, covariance, good = np.zeros((n, 4)), np.zeros((n, 4, 4)), np.zeros(n, dtype=np.bool_)
+    _fit(image, places, template.fine, *template.slopes, template.half, value, covariance, good)
     away = np.hypot(*(value[:, 2:] - places).T) > template.half / 2
     good &= ~away & (value[:, 0] > 0) & np.isfinite(value).all(axis=1)
     return Disks(
@@ -180,20 +204,10 @@ def find_disks(
 
 def _peaks(image: Array, template: Template, threshold: float, most: int) -> tuple[Array, Array]:
     """Places and significances of the matched filter's maxima, one a disk's width."""
-    matched = template.matched
-    if min(image.shape) <= len(matched):
-        raise InputError(f"frames of {image.shape} are too small for a probe of {len(matched)} pixels.")
-    size = [n + len(matched) for n in image.shape]
-    spectrum = np.fft.rfft2(image, size)
-    edge = len(matched) // 2
-    keep = tuple(slice(edge, edge + n) for n in image.shape)
-    found, variance = (
-        np.fft.irfft2(spectrum * np.fft.rfft2(kernel[::-1, ::-1], size), size)[keep]
-        for kernel in (matched, matched**2)
-    )
-    # where next to nothing was counted, one count spread over the filter is the least doubt
-    ratio = found / np.sqrt(np.maximum(variance, np.sum(matched**2) / matched.size + 1e-12))
-    local = ndimage.maximum_filter(found, size=2 * (template.half // 2) + 1) == found
+    if min(image.shape) <= len(template.matched):
+        raise InputError(f"frames of {image.shape} are too small for a probe of {len(template.matched)} pixels.")
+    ratio = template.search(image)
+    local = ndimage.maximum_filter(ratio, size=2 * (template.half // 2) + 1) == ratio
     rows, columns = np.nonzero(local & (ratio > threshold))
     order = np.argsort(-ratio[rows, columns], kind="stable")
     chosen: list[int] = []
@@ -205,60 +219,81 @@ def _peaks(image: Array, template: Template, threshold: float, most: int) -> tup
     return np.column_stack([rows[chosen], columns[chosen]]).astype(np.float64), ratio[rows[chosen], columns[chosen]]
 
 
-def _fit(image: Array, template: Template, places: Array) -> tuple[Array, Array, NDArray[np.bool_]]:
-    """Fisher scoring of A, B, y, x for all disks of a frame at once; each in a window around its start.
-
-    Pixels nearer to another disk's start are left out. Returns values (n, 4), covariances (n, 4, 4) and which
-    converged.
-    """
-    n, reach = len(places), template.half + 1
-    near = np.arange(-reach, reach + 1)
-    middle = np.rint(places).astype(int)
-    rows, columns = middle[:, 0, None, None] + near[:, None], middle[:, 1, None, None] + near[None, :]
-    rows, columns = np.broadcast_arrays(rows, columns)
-    inside = (rows >= 0) & (rows < image.shape[0]) & (columns >= 0) & (columns < image.shape[1])
-    far = np.hypot(rows - places[:, 0, None, None], columns - places[:, 1, None, None])
-    inside &= far <= reach
-    for other in places:
-        inside &= (far <= np.hypot(rows - other[0], columns - other[1])) | (
-            np.hypot(rows - other[0], columns - other[1]) > reach
-        )
-    counts = image[np.clip(rows, 0, image.shape[0] - 1), np.clip(columns, 0, image.shape[1] - 1)]
-    weight = inside.reshape(n, -1).astype(np.float64)
-    counts, rows, columns = (a.reshape(n, -1) for a in (counts, rows, columns))
-
-    value = np.empty((n, 4))
-    shape = template.at(rows - places[:, :1], columns - places[:, 1:])
-    core, rim = weight * (shape > 0.9), weight * (shape < 0.02)
-    value[:, 1] = np.maximum((rim * counts).sum(1) / np.maximum(rim.sum(1), 1), 1e-3)
-    value[:, 0] = np.maximum((core * counts).sum(1) / np.maximum(core.sum(1), 1) - value[:, 1], 1e-3)
-    value[:, 2:] = places
-    converged = np.zeros(n, dtype=bool)
-    fisher = np.zeros((n, 4, 4))
-    for _ in range(30):
-        y, x = rows - value[:, 2:3], columns - value[:, 3:]
-        shape = template.at(y, x)
-        h = 0.5 / FINE
-        slope_y = (template.at(y - h, x) - template.at(y + h, x)) / (2 * h)
-        slope_x = (template.at(y, x - h) - template.at(y, x + h)) / (2 * h)
-        a, b = value[:, :1], value[:, 1:2]
-        mean = np.maximum(a * shape + b, 1e-9)
-        jacobian = np.stack([shape, np.ones_like(shape), a * slope_y, a * slope_x], axis=2)
-        scaled = jacobian * (weight / mean)[:, :, None]
-        fisher = np.einsum("npi,npj->nij", scaled, jacobian)
-        score = np.einsum("npi,np->ni", scaled, counts - mean)
-        fisher += np.eye(4) * 1e-12 * np.trace(fisher, axis1=1, axis2=2)[:, None, None]
-        step = np.linalg.solve(fisher, score[:, :, None])[:, :, 0]
-        step[:, 2:] = np.clip(step[:, 2:], -0.5, 0.5)
-        step[converged] = 0.0
-        value = value + step
-        value[:, 0] = np.maximum(value[:, 0], 1e-6)
-        # a background never falls to zero: one count in the window is the least that could be known of it
-        value[:, 1] = np.maximum(value[:, 1], 1.0 / np.maximum(weight.sum(1), 1))
-        converged |= np.abs(step[:, 2:]).max(axis=1) < 1e-4
-        if converged.all():
-            break
-    return value, np.linalg.inv(fisher), converged
+@numba.njit(cache=True, nogil=True)
+def _fit(image, places, fine, slope_y, slope_x, half, value, covariance, good):  # type: ignore[no-untyped-def]
+    """Fisher scoring of A, B, y, x for each disk of a frame, in a window around its start; pixels nearer to another
+    disk's start are left out. Fills ``value`` (n, 4), ``covariance`` (n, 4, 4) and ``good`` (n,)."""
+    reach, last = half + 1, len(fine) - 1
+    most = (2 * reach + 2) ** 2
+    rows, columns, counts = np.empty(most), np.empty(most), np.empty(most)
+    jacobian = np.empty(4)
+    for d in range(len(places)):
+        n = 0
+        for r in range(max(0, int(places[d, 0]) - reach), min(image.shape[0], int(places[d, 0]) + reach + 2)):
+            for c in range(max(0, int(places[d, 1]) - reach), min(image.shape[1], int(places[d, 1]) + reach + 2)):
+                far = (r - places[d, 0]) ** 2 + (c - places[d, 1]) ** 2
+                own = far <= reach * reach
+                for e in range(len(places)):
+                    own = own and (e == d or far <= (r - places[e, 0]) ** 2 + (c - places[e, 1]) ** 2)
+                if own:
+                    rows[n], columns[n], counts[n] = r, c, image[r, c]
+                    n += 1
+        core, rim, in_core, in_rim = 0.0, 0.0, 0, 0
+        y0, x0 = places[d]
+        for i in range(n):
+            u, v = int((rows[i] - y0 + half) * FINE + 0.5), int((columns[i] - x0 + half) * FINE + 0.5)
+            shape = fine[u, v] if 0 <= u <= last and 0 <= v <= last else 0.0
+            if shape > 0.9:
+                core, in_core = core + counts[i], in_core + 1
+            elif shape < 0.02:
+                rim, in_rim = rim + counts[i], in_rim + 1
+        b = max(rim / max(in_rim, 1), 1e-3)
+        a = max(core / max(in_core, 1) - b, 1e-3)
+        for iteration in range(40):
+            fisher, score = np.zeros((4, 4)), np.zeros(4)
+            for i in range(n):
+                y, x = (rows[i] - y0 + half) * FINE, (columns[i] - x0 + half) * FINE
+                jacobian[:] = 0.0
+                jacobian[1] = 1.0
+                if 0 <= y < last and 0 <= x < last:
+                    u, v = int(y), int(x)
+                    p, q = y - u, x - v
+                    w00, w01, w10, w11 = (1 - p) * (1 - q), (1 - p) * q, p * (1 - q), p * q
+                    jacobian[0] = w00 * fine[u, v] + w01 * fine[u, v + 1]
+                    jacobian[0] += w10 * fine[u + 1, v] + w11 * fine[u + 1, v + 1]
+                    jacobian[2] = w00 * slope_y[u, v] + w01 * slope_y[u, v + 1]
+                    jacobian[2] += w10 * slope_y[u + 1, v] + w11 * slope_y[u + 1, v + 1]
+                    jacobian[3] = w00 * slope_x[u, v] + w01 * slope_x[u, v + 1]
+                    jacobian[3] += w10 * slope_x[u + 1, v] + w11 * slope_x[u + 1, v + 1]
+                mean = max(a * jacobian[0] + b, 1e-9)
+                jacobian[2] *= a
+                jacobian[3] *= a
+                for k in range(4):
+                    score[k] += jacobian[k] * (counts[i] - mean) / mean
+                    for m in range(4):
+                        fisher[k, m] += jacobian[k] * jacobian[m] / mean
+            if fisher[2, 2] <= 0 or fisher[3, 3] <= 0 or fisher[0, 0] <= 0:
+                break
+            for k in range(4):
+                fisher[k, k] *= 1 + 1e-12
+            inverse = np.linalg.inv(fisher)
+            step = inverse @ score
+            size = max(abs(step[2]), abs(step[3]))
+            enough = 0.01 if iteration < 39 else 0.3  # deviations
+            small = size < 1e-4 or size < enough * np.sqrt(min(inverse[2, 2], inverse[3, 3]))
+            if iteration >= 6:  # the likelihood of a sharp edge is not smooth: do not go to and fro
+                step *= 6.0 / iteration
+            if size > 0.5:
+                step *= 0.5 / size
+            # no background is zero: one count in the window is the least that could be known of it
+            a, b = max(a + step[0], 1e-6), max(b + step[1], 1.0 / n)
+            y0, x0 = y0 + step[2], x0 + step[3]
+            if small:
+                good[d] = True
+                break
+        value[d, 0], value[d, 1], value[d, 2], value[d, 3] = a, b, y0, x0
+        if good[d]:
+            covariance[d] = inverse
 
 
 @dataclass(frozen=True)

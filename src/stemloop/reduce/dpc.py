@@ -43,14 +43,14 @@ class CentreOfMass:
 
     @functools.cached_property
     def _weights(self) -> Array:
-        """Moments about the middle pixel, so that the sums stay small: w, wy, wx and w^2 times 1, y, yy, x, xx."""
-        rows, columns = self.camera.shape
-        y = (np.arange(rows) - rows // 2)[:, None] * np.ones((1, columns))
-        x = np.ones((rows, 1)) * (np.arange(columns) - columns // 2)[None, :]
-        w = np.ones((rows, columns)) if self.mask is None else grid(self.mask)
-        first = [w, w * y, w * x]
-        v = grid(w * w)
-        return np.stack(first + ([v, v * y, v * y * y, v * x, v * x * x] if self.sigma else []))
+        """w times 1, y, x, yy, xx, and the same of w^2 where w is not only 0 and 1."""
+        if self.mask is not None and np.shape(self.mask) != tuple(self.camera.shape):
+            raise InputError(f"the mask is {np.shape(self.mask)}, the camera has {self.camera.shape} pixels.")
+        y, x = np.indices(self.camera.shape).astype(np.float64)
+        w = np.ones(self.camera.shape) if self.mask is None else grid(self.mask)
+        powers = [np.ones_like(y), y, x] + ([y * y, x * x] if self.sigma else [])
+        squared = self.sigma and not np.array_equal(w * w, w)
+        return np.stack([v * power for v in ([w, grid(w * w)] if squared else [w]) for power in powers])
 
     def init(self, scan: tuple[int, int], shape: tuple[int, int]) -> Rows:
         if tuple(shape) != tuple(self.camera.shape):
@@ -59,26 +59,23 @@ class CentreOfMass:
 
     def step(self, part: Rows, block: Block, first: int) -> Rows:
         if self.mask is None and not self.sigma:
-            moments = block.moments()
-            middle = np.array([[s // 2 for s in self.camera.shape]])
-            return part.add(first, np.column_stack([moments[:, 0], moments[:, 1:] - middle * moments[:, :1]]))
+            return part.add(first, block.moments())
         return part.add(first, weigh(block, self._weights))
 
     def merge(self, one: Rows, other: Rows) -> Rows:
         return one.join(other)
 
     def finish(self, part: Rows) -> Maps:
-        table = part.table(8 if self.sigma else 3)
+        table = part.table(len(self._weights))
         s = np.where(table[..., 0] > 0, table[..., 0], np.nan)
-        com = table[..., 1:3] / s[..., None]
-        middle = np.array([size // 2 for size in self.camera.shape])
-        angle = (com + middle - np.array(self.camera.centre_px)) * self.camera.pixel_rad
-        maps: Maps = {"com_y": angle[..., 0], "com_x": angle[..., 1], "counts": table[..., 0]}
-        if self.sigma:
-            for i, name in enumerate(("com_y_sigma", "com_x_sigma")):
-                one, two = table[..., 4 + 2 * i], table[..., 5 + 2 * i]
-                spread = two - 2 * com[..., i] * one + com[..., i] ** 2 * table[..., 3]
-                maps[name] = np.sqrt(np.maximum(spread, 0)) / s * self.camera.pixel_rad
+        maps: Maps = {"counts": table[..., 0]}
+        squares = table[..., -5:]
+        for i, name in enumerate(("com_y", "com_x")):
+            com = table[..., 1 + i] / s
+            maps[name] = (com - self.camera.centre_px[i]) * self.camera.pixel_rad
+            if self.sigma:
+                spread = squares[..., 3 + i] - 2 * com * squares[..., 1 + i] + com**2 * squares[..., 0]
+                maps[f"{name}_sigma"] = np.sqrt(np.maximum(spread, 0)) / s * self.camera.pixel_rad
         return maps
 
 

@@ -227,7 +227,7 @@ def _on_threads(
 def _on_dask(whole: Reduction, pieces: Iterable[Piece], client: Any, progress: Callable[[int], None] | None) -> Maps:
     """A task a piece; parts are merged as they come back."""
     try:
-        from distributed import FIRST_COMPLETED, wait
+        from distributed import wait
     except ImportError:
         raise MissingExtra("folding on Dask needs the package distributed: pip install 'stemloop[dask]'.") from None
 
@@ -236,7 +236,7 @@ def _on_dask(whole: Reduction, pieces: Iterable[Piece], client: Any, progress: C
 
     def collect() -> None:
         nonlocal under_way
-        finished = wait(under_way, return_when=FIRST_COMPLETED)
+        finished = wait(under_way, return_when="FIRST_COMPLETED")
         under_way = set(finished.not_done)
         for future in finished.done:
             whole.join(future.result())
