@@ -71,9 +71,10 @@ def test_a_disk_is_placed_at_the_cramer_rao_bound(height, blur):
     sigma = np.concatenate([disks.sigma for disks in found])
     error = position - centre
     ratio = error.std(0) / bound
-    assert np.all(ratio < 1.12) and np.all(ratio > 0.85)  # 400 draws: 3.5 %, and the slope taken over half a pixel
+    # 400 draws: 3.5 %; with 150 electrons in the disk the bound is not quite reached
+    assert np.all(ratio < (1.25 if height < 10 else 1.12)) and np.all(ratio > 0.88)
     z = error / sigma
-    assert np.all(np.abs(z.std(0) - 1) < 0.14), z.std(0)
+    assert np.all(np.abs(z.std(0) - 1) < (0.25 if height < 10 else 0.14)), z.std(0)
     assert np.all(np.abs(error.mean(0)) < 4 * np.array(bound) / 20 + 0.004)
 
 
@@ -127,13 +128,14 @@ def test_strain_from_counted_patterns_with_calibrated_deviations(name):
     rng = np.random.default_rng(6)
     gradient = np.array(GRADIENTS[name], float)
     truth, _ = strain(place(gradient), REFERENCE[1:])
-    data = rng.poisson(mean_pattern(place(gradient), 12), (6, 10, *SHAPE)).astype(np.uint16)
+    data = rng.poisson(mean_pattern(place(gradient), 12), (15, 20, *SHAPE)).astype(np.uint16)
     fold = StrainMap(Template.disk(RADIUS), REFERENCE)
-    maps = reduce(fold, pieces(data, [31]), (6, 10), SHAPE)
+    maps = reduce(fold, pieces(data, [31]), (15, 20), SHAPE)
     for i, component in enumerate(COMPONENTS):
         error = maps[component] - truth[i]
         z = error / maps[f"{component}_sigma"]
-        assert abs(z.mean()) < 0.55 and 0.75 < z.std() < 1.25, component  # 60 draws: 0.13 and 9 %
+        # 300 draws: 0.06 and 4 %; widening by a misfit above 1 makes deviations a little too large
+        assert abs(z.mean()) < 0.25 and 0.82 < z.std() < 1.12, component
         assert error.std() < 1.5e-3
     assert maps["disks"].min() >= 9 and 0.7 < maps["misfit"].mean() < 1.3
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -51,8 +52,9 @@ class SingleSideband:
     rotation_rad: float = 0.0
 
     @functools.cached_property
-    def _pixels(self) -> tuple[Array, Array, Array]:
-        """Masks (k, rows, columns) of the disk's pixels and the (y, x) angles of their middles [rad]."""
+    def _pixels(self) -> tuple[NDArray[np.int64], Array, Array]:
+        """(rows, columns): which of k pixels (squares) of the bright disk each pixel belongs to, k for none; and the
+        angles (y, x) (k,) [rad] of their middles."""
         rows, columns = self.camera.shape
         radius = self.semiangle_rad / self.camera.pixel_rad
         if radius < 2:
@@ -64,13 +66,15 @@ class SingleSideband:
             (f + c * size + (size - 1) / 2 - centre) * self.camera.pixel_rad
             for f, c, centre in zip(first, (cell_y, cell_x), self.camera.centre_px, strict=True)
         )
-        inside = np.hypot(y[:, None], x[None, :]) <= self.semiangle_rad - 0.5 * size * self.camera.pixel_rad
-        cells = cell_y[:, None] * (int(cell_x.max()) + 2 - int(cell_x.min())) + cell_x[None, :]
-        chosen, place = np.unique(cells[inside], return_index=True)
-        masks = np.stack([(cells == cell).astype(np.float64) for cell in chosen])
-        whole = masks.sum(axis=(1, 2)) == size * size
-        at = np.argwhere(inside)[place[whole]]
-        return masks[whole], y[at[:, 0]], x[at[:, 1]]
+        cells = (cell_y - cell_y[0])[:, None] * columns + (cell_x - cell_x[0])[None, :]
+        _, place, label, area = np.unique(cells, return_index=True, return_inverse=True, return_counts=True)
+        at_y, at_x = y[place // columns], x[place % columns]
+        inside = (np.hypot(at_y, at_x) <= self.semiangle_rad - 0.5 * size * self.camera.pixel_rad) & (
+            area == size * size
+        )
+        k = int(inside.sum())
+        number = np.where(inside, np.cumsum(inside) - 1, k)
+        return number[label].reshape(rows, columns), at_y[inside], at_x[inside]
 
     def init(self, scan: tuple[int, int], shape: tuple[int, int]) -> Rows:
         if tuple(shape) != tuple(self.camera.shape):
@@ -78,7 +82,11 @@ class SingleSideband:
         return Rows(scan)
 
     def step(self, part: Rows, block: Block, first: int) -> Rows:
-        return part.add(first, block.dot(self._pixels[0]).astype(np.uint32))
+        labels, y, _ = self._pixels
+        sums = np.zeros((block.frames, len(y) + 1), dtype=np.uint32)
+        for i in range(block.frames):
+            _add_up(block.frame(i), labels, sums[i])
+        return part.add(first, sums[:, :-1])
 
     def merge(self, one: Rows, other: Rows) -> Rows:
         return one.join(other)
@@ -90,6 +98,13 @@ class SingleSideband:
             counts, y, x, self.semiangle_rad, self.step_m, self.energy_eV, self.C10_m, self.rotation_rad
         )
         return {"ssb_phase": phase, "ssb_phase_sigma": np.array(sigma), "ssb_transfer": transfer}
+
+
+@numba.njit(cache=True, nogil=True)
+def _add_up(frame, labels, sums):  # type: ignore[no-untyped-def]
+    for r in range(frame.shape[0]):
+        for c in range(frame.shape[1]):
+            sums[labels[r, c]] += frame[r, c]
 
 
 def side_bands(
