@@ -114,10 +114,7 @@ def test_the_integral_knows_its_deviation():
     for periodic, inner in ((True, slice(None)), (False, slice(8, -8))):
         stated = dpc.integrated_sigma(sigma, 2 * sigma, 1.0, periodic=periodic)
         draws = np.stack(
-            [
-                dpc.integrate(rng.normal(0, sigma), rng.normal(0, 2 * sigma), 1.0, periodic=periodic)
-                for _ in range(300)
-            ]
+            [dpc.integrate(rng.normal(0, sigma), rng.normal(0, 2 * sigma), 1.0, periodic=periodic) for _ in range(300)]
         )
         ratio = (draws.std(0) / stated)[inner, inner]
         # of 300 draws a deviation is known to 4 %; the mirrored field is stated without its edges' own echo

@@ -38,7 +38,9 @@ def waves(*terms):
 
 
 def fold(**changes):
-    return SingleSideband(**{"camera": CAMERA, "semiangle_rad": SEMIANGLE, "step_m": STEP, "energy_eV": ENERGY} | changes)
+    return SingleSideband(
+        **{"camera": CAMERA, "semiangle_rad": SEMIANGLE, "step_m": STEP, "energy_eV": ENERGY} | changes
+    )
 
 
 def run(data, **changes):

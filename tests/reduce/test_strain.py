@@ -165,4 +165,3 @@ def test_what_cannot_be_fitted_is_said():
     empty = np.zeros((1, 2, *SHAPE), np.uint16)
     maps = reduce(StrainMap(template, REFERENCE), pieces(empty, []), (1, 2), SHAPE)
     assert np.isnan(maps["e_xx"]).all() and np.all(maps["disks"] == 0)
-    

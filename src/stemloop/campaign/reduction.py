@@ -222,7 +222,7 @@ def reduce_scan(
 
 
 def _calibrated(scan: Scan, radius_px: float) -> tuple[float, str, str]:
-    """Angle of a pixel, its unit (``rad``, or ``px`` where it is not known), and how it was got if not from the file."""
+    """Angle of a pixel, its unit (``px`` where it is not known), and how it was got if not from the file."""
     if scan.pixel_rad:
         return scan.pixel_rad, "rad", ""
     if scan.semiangle_rad:
@@ -248,9 +248,7 @@ def _folds(
     return folds
 
 
-def _differential(
-    scan: Scan, maps: Maps, rotation_rad: float | None, angle_unit: str
-) -> tuple[Maps, dict[str, Any]]:
+def _differential(scan: Scan, maps: Maps, rotation_rad: float | None, angle_unit: str) -> tuple[Maps, dict[str, Any]]:
     """Descan taken away, the camera turned back, and the phase; from the maps of the centre of mass."""
     mean_y, mean_x = (np.nanmean(maps[name]) for name in ("com_y", "com_x"))
     filled = [np.where(np.isfinite(maps[n]), maps[n], m) for n, m in (("com_y", mean_y), ("com_x", mean_x))]
@@ -261,13 +259,13 @@ def _differential(
         raise InputError("differential phase contrast needs a scan of at least 2 x 2 positions: leave out dpc and ssb.")
     turn, turn_sigma = (rotation_rad, 0.0)
     if turn is None:
-        turn, turn_sigma = dpc.rotation(y, x, *sigma) if np.any(y) or np.any(x) else (0.0, float("nan"))
+        turn, turn_sigma = dpc.rotation(y, x, sigma[0], sigma[1]) if np.any(y) or np.any(x) else (0.0, float("nan"))
     y, x = dpc.turn(y, x, turn)
     summary = {"rotation_rad": turn, "rotation_sigma_rad": turn_sigma, "descan": surface.tolist()}
     found = {"dpc_y": y, "dpc_x": x}
     if scan.step_m and scan.energy_eV and angle_unit == "rad":
         found["dpc_phase"] = dpc.phase(y, x, scan.step_m, scan.energy_eV)
-        found["dpc_phase_sigma"] = dpc.phase_sigma(*sigma, scan.step_m, scan.energy_eV)
+        found["dpc_phase_sigma"] = dpc.phase_sigma(sigma[0], sigma[1], scan.step_m, scan.energy_eV)
     else:
         found["dpc_phase"] = dpc.integrate(y, x, 1.0)
     return found, summary
@@ -327,7 +325,7 @@ def _picture(reduced: Reduced, path: Path) -> None:
         known = found[np.isfinite(found)]
         low, high = np.percentile(known, (0.5, 99.5)) if known.size else (0.0, 1.0)
         image = np.log1p(np.maximum(found, 0)) if pattern else found
-        limits = {} if pattern else {"vmin": low, "vmax": max(high, low + 1e-300)}
+        limits: dict[str, Any] = {} if pattern else {"vmin": low, "vmax": max(high, low + 1e-300)}
         drawn = axes.imshow(image, cmap="magma" if pattern else "gray", interpolation="nearest", **limits)
         axes.set_title(f"{name} [{'log ' if pattern else ''}{reduced.unit[name]}]", fontsize=9)
         axes.set_axis_off()

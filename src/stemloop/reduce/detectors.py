@@ -64,7 +64,7 @@ def disk_area(shape: tuple[int, int], centre_px: tuple[float, float], radius_px:
     y = (np.arange(shape[0] + 1) - 0.5 - centre_px[0])[:, None]
     x = (np.arange(shape[1] + 1) - 0.5 - centre_px[1])[None, :]
 
-    def under(u: Array) -> Array:
+    def under(u: NDArray[Any]) -> NDArray[Any]:
         """Integral of s from 0 to u."""
         u = np.clip(u, -radius, radius)
         return np.asarray((u * np.sqrt(radius**2 - u**2) + radius**2 * np.arcsin(u / radius)) / 2)
@@ -237,8 +237,7 @@ def _extremes(frame, squares, peak):  # type: ignore[no-untyped-def]
         for c in range(frame.shape[1]):
             count = np.int64(frame[r, c])
             squares[r, c] += count * count
-            if count > peak[r, c]:
-                peak[r, c] = count
+            peak[r, c] = max(peak[r, c], count)
 
 
 @dataclass(frozen=True)

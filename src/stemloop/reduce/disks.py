@@ -73,10 +73,10 @@ class Template:
         return cls(np.maximum(fine / plateau, 0.0) * (far <= half), half)
 
     @functools.cached_property
-    def slopes(self) -> tuple[Array, Array]:
-        """Derivatives of ``fine`` by the disk's own position (y, x) [1/px]."""
+    def tables(self) -> Array:
+        """(3, ...): ``fine`` and its derivatives by the disk's own position (y, x) [1/px]."""
         y, x = np.gradient(self.fine, 1 / FINE)
-        return -y, -x
+        return np.ascontiguousarray(np.stack([self.fine, -y, -x]))
 
     def at(self, y: Array, x: Array) -> Array:
         """Intensity in pixels whose middles lie (``y``, ``x``) [px] from the disk's centre."""
@@ -189,7 +189,7 @@ def find_disks(
         return Disks.join([])
     n = len(places)
     value, covariance, good = np.zeros((n, 4)), np.zeros((n, 4, 4)), np.zeros(n, dtype=np.bool_)
-    _fit(image, places, template.fine, *template.slopes, template.half, value, covariance, good)
+    _fit(image, places, template.tables, template.half, value, covariance, good)
     away = np.hypot(*(value[:, 2:] - places).T) > template.half / 2
     good &= ~away & (value[:, 0] > 0) & np.isfinite(value).all(axis=1)
     return Disks(
@@ -220,80 +220,91 @@ def _peaks(image: Array, template: Template, threshold: float, most: int) -> tup
 
 
 @numba.njit(cache=True, nogil=True)
-def _fit(image, places, fine, slope_y, slope_x, half, value, covariance, good):  # type: ignore[no-untyped-def]
+def _fit(image, places, tables, half, value, covariance, good):  # type: ignore[no-untyped-def]
     """Fisher scoring of A, B, y, x for each disk of a frame, in a window around its start; pixels nearer to another
     disk's start are left out. Fills ``value`` (n, 4), ``covariance`` (n, 4, 4) and ``good`` (n,)."""
-    reach, last = half + 1, len(fine) - 1
-    most = (2 * reach + 2) ** 2
-    rows, columns, counts = np.empty(most), np.empty(most), np.empty(most)
-    jacobian = np.empty(4)
+    rows, columns, counts = np.empty((3, (2 * half + 4) ** 2))
     for d in range(len(places)):
-        n = 0
-        for r in range(max(0, int(places[d, 0]) - reach), min(image.shape[0], int(places[d, 0]) + reach + 2)):
-            for c in range(max(0, int(places[d, 1]) - reach), min(image.shape[1], int(places[d, 1]) + reach + 2)):
-                far = (r - places[d, 0]) ** 2 + (c - places[d, 1]) ** 2
-                own = far <= reach * reach
-                for e in range(len(places)):
-                    own = own and (e == d or far <= (r - places[e, 0]) ** 2 + (c - places[e, 1]) ** 2)
-                if own:
-                    rows[n], columns[n], counts[n] = r, c, image[r, c]
-                    n += 1
-        core, rim, in_core, in_rim = 0.0, 0.0, 0, 0
+        n = _window(image, places, d, half + 1, rows, columns, counts)
+        a, b = _levels(tables[0], half, places[d], rows[:n], columns[:n], counts[:n])
         y0, x0 = places[d]
-        for i in range(n):
-            u, v = int((rows[i] - y0 + half) * FINE + 0.5), int((columns[i] - x0 + half) * FINE + 0.5)
-            shape = fine[u, v] if 0 <= u <= last and 0 <= v <= last else 0.0
-            if shape > 0.9:
-                core, in_core = core + counts[i], in_core + 1
-            elif shape < 0.02:
-                rim, in_rim = rim + counts[i], in_rim + 1
-        b = max(rim / max(in_rim, 1), 1e-3)
-        a = max(core / max(in_core, 1) - b, 1e-3)
         for iteration in range(40):
-            fisher, score = np.zeros((4, 4)), np.zeros(4)
-            for i in range(n):
-                y, x = (rows[i] - y0 + half) * FINE, (columns[i] - x0 + half) * FINE
-                jacobian[:] = 0.0
-                jacobian[1] = 1.0
-                if 0 <= y < last and 0 <= x < last:
-                    u, v = int(y), int(x)
-                    p, q = y - u, x - v
-                    w00, w01, w10, w11 = (1 - p) * (1 - q), (1 - p) * q, p * (1 - q), p * q
-                    jacobian[0] = w00 * fine[u, v] + w01 * fine[u, v + 1]
-                    jacobian[0] += w10 * fine[u + 1, v] + w11 * fine[u + 1, v + 1]
-                    jacobian[2] = w00 * slope_y[u, v] + w01 * slope_y[u, v + 1]
-                    jacobian[2] += w10 * slope_y[u + 1, v] + w11 * slope_y[u + 1, v + 1]
-                    jacobian[3] = w00 * slope_x[u, v] + w01 * slope_x[u, v + 1]
-                    jacobian[3] += w10 * slope_x[u + 1, v] + w11 * slope_x[u + 1, v + 1]
-                mean = max(a * jacobian[0] + b, 1e-9)
-                jacobian[2] *= a
-                jacobian[3] *= a
-                for k in range(4):
-                    score[k] += jacobian[k] * (counts[i] - mean) / mean
-                    for m in range(4):
-                        fisher[k, m] += jacobian[k] * jacobian[m] / mean
-            if fisher[2, 2] <= 0 or fisher[3, 3] <= 0 or fisher[0, 0] <= 0:
+            fisher, score = _score(a, b, rows[:n] - y0 + half, columns[:n] - x0 + half, counts[:n], tables)
+            if fisher[0, 0] <= 0 or fisher[2, 2] <= 0 or fisher[3, 3] <= 0:
                 break
-            for k in range(4):
-                fisher[k, k] *= 1 + 1e-12
             inverse = np.linalg.inv(fisher)
             step = inverse @ score
             size = max(abs(step[2]), abs(step[3]))
             enough = 0.01 if iteration < 39 else 0.3  # deviations
-            small = size < 1e-4 or size < enough * np.sqrt(min(inverse[2, 2], inverse[3, 3]))
-            if iteration >= 6:  # the likelihood of a sharp edge is not smooth: do not go to and fro
-                step *= 6.0 / iteration
-            if size > 0.5:
-                step *= 0.5 / size
+            good[d] = size < 1e-4 or size < enough * np.sqrt(min(inverse[2, 2], inverse[3, 3]))
+            # the likelihood of a sharp edge is not smooth: do not go to and fro
+            step *= min(1.0, 0.5 / max(size, 1e-12)) * min(1.0, 6.0 / max(iteration, 1))
             # no background is zero: one count in the window is the least that could be known of it
             a, b = max(a + step[0], 1e-6), max(b + step[1], 1.0 / n)
             y0, x0 = y0 + step[2], x0 + step[3]
-            if small:
-                good[d] = True
+            if good[d]:
+                covariance[d] = inverse
                 break
         value[d, 0], value[d, 1], value[d, 2], value[d, 3] = a, b, y0, x0
-        if good[d]:
-            covariance[d] = inverse
+
+
+@numba.njit(cache=True, nogil=True)
+def _window(image, places, d, reach, rows, columns, counts):  # type: ignore[no-untyped-def]
+    """Write the pixels that belong to disk ``d`` and return how many they are."""
+    n = 0
+    y, x = places[d]
+    for r in range(max(0, int(y) - reach), min(image.shape[0], int(y) + reach + 2)):
+        for c in range(max(0, int(x) - reach), min(image.shape[1], int(x) + reach + 2)):
+            far = (r - y) ** 2 + (c - x) ** 2
+            own = far <= reach * reach
+            for e in range(len(places)):
+                own = own and (e == d or far <= (r - places[e, 0]) ** 2 + (c - places[e, 1]) ** 2)
+            if own:
+                rows[n], columns[n], counts[n] = r, c, image[r, c]
+                n += 1
+    return n
+
+
+@numba.njit(cache=True, nogil=True)
+def _levels(fine, half, place, rows, columns, counts):  # type: ignore[no-untyped-def]
+    """A and B to begin with: mean counts on the plateau and around the disk."""
+    core, rim, in_core, in_rim = 0.0, 0.0, 0, 0
+    for i in range(len(rows)):
+        u, v = int((rows[i] - place[0] + half) * FINE + 0.5), int((columns[i] - place[1] + half) * FINE + 0.5)
+        shape = fine[u, v] if 0 <= u < len(fine) and 0 <= v < len(fine) else 0.0
+        if shape > 0.9:
+            core, in_core = core + counts[i], in_core + 1
+        elif shape < 0.02:
+            rim, in_rim = rim + counts[i], in_rim + 1
+    b = max(rim / max(in_rim, 1), 1e-3)
+    return max(core / max(in_core, 1) - b, 1e-3), b
+
+
+@numba.njit(cache=True, nogil=True)
+def _score(a, b, y, x, counts, tables):  # type: ignore[no-untyped-def]
+    """Fisher information (4, 4) of A, B, y, x and the gradient (4,) of the log likelihood."""
+    fisher, score, jacobian = np.zeros((4, 4)), np.zeros(4), np.empty(4)
+    last = tables.shape[1] - 1
+    for i in range(len(y)):
+        jacobian[:] = 0.0
+        jacobian[1] = 1.0
+        p, q = y[i] * FINE, x[i] * FINE
+        if 0 <= p < last and 0 <= q < last:
+            u, v = int(p), int(q)
+            p, q = p - u, q - v
+            w00, w01, w10, w11 = (1 - p) * (1 - q), (1 - p) * q, p * (1 - q), p * q
+            for t in range(3):
+                above = w00 * tables[t, u, v] + w01 * tables[t, u, v + 1]
+                whole = above + w10 * tables[t, u + 1, v] + w11 * tables[t, u + 1, v + 1]
+                jacobian[0 if t == 0 else t + 1] = whole if t == 0 else a * whole
+        mean = max(a * jacobian[0] + b, 1e-9)
+        for k in range(4):
+            score[k] += jacobian[k] * (counts[i] - mean) / mean
+            for m in range(4):
+                fisher[k, m] += jacobian[k] * jacobian[m] / mean
+    for k in range(4):
+        fisher[k, k] *= 1 + 1e-12
+    return fisher, score
 
 
 @dataclass(frozen=True)

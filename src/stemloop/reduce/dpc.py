@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,7 +123,7 @@ def descan(
         raise InputError(f"{np.count_nonzero(use)} positions are too few for a surface of {len(terms)} coefficients.")
     found = np.linalg.lstsq(basis[use], np.stack([com_y[use], com_x[use]], axis=1), rcond=None)[0]
     surface = basis @ found
-    return com_y - surface[..., 0], com_x - surface[..., 1], found.T
+    return com_y - surface[..., 0], com_x - surface[..., 1], np.asarray(found.T, dtype=np.float64)
 
 
 def turn(com_y: Array, com_x: Array, rotation_rad: float) -> tuple[Array, Array]:
@@ -131,7 +132,7 @@ def turn(com_y: Array, com_x: Array, rotation_rad: float) -> tuple[Array, Array]
     return c * com_y - s * com_x, c * com_x + s * com_y
 
 
-def _frequencies(shape: tuple[int, ...], step_m: tuple[float, float]) -> tuple[Array, Array]:
+def _frequencies(shape: tuple[int, ...], step_m: tuple[float, float]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Angular frequencies (y, x) [rad/m] of first derivatives; the one at the Nyquist limit has none."""
     both = []
     for n, step in zip(shape, step_m, strict=True):
@@ -149,7 +150,7 @@ def _mirrored(y: Array, x: Array) -> tuple[Array, Array]:
     return np.concatenate([y, y[:, ::-1]], axis=1), np.concatenate([x, -x[:, ::-1]], axis=1)
 
 
-def _kernels(shape: tuple[int, ...], step_m: tuple[float, float]) -> tuple[NDArray[np.complex128], ...]:
+def _kernels(shape: tuple[int, ...], step_m: tuple[float, float]) -> tuple[NDArray[Any], NDArray[Any]]:
     ky, kx = _frequencies(shape, step_m)
     square = ky**2 + kx**2
     square[square == 0] = np.inf
@@ -190,9 +191,7 @@ def integrated_sigma(
     return np.asarray(np.sqrt(np.maximum(variance, 0)))
 
 
-def _gradient(
-    y: Array, x: Array, step_m: float | tuple[float, float]
-) -> tuple[Array, Array, tuple[float, float]]:
+def _gradient(y: Array, x: Array, step_m: float | tuple[float, float]) -> tuple[Array, Array, tuple[float, float]]:
     steps = (step_m, step_m) if isinstance(step_m, (int, float)) else (float(step_m[0]), float(step_m[1]))
     if y.shape != x.shape or y.ndim != 2 or min(y.shape) < 2:
         raise InputError(f"a gradient has two maps of one shape of at least 2 x 2; got {y.shape} and {x.shape}.")
@@ -201,22 +200,24 @@ def _gradient(
     return np.asarray(y, np.float64), np.asarray(x, np.float64), steps
 
 
-def phase(com_y: Array, com_x: Array, step_m: float | tuple[float, float], energy_eV: float, **how: bool) -> Array:
+def phase(
+    com_y: Array, com_x: Array, step_m: float | tuple[float, float], energy_eV: float, periodic: bool = False
+) -> Array:
     """The object's phase [rad] from the deflection [rad]: :func:`integrate` of ``2 pi / lambda`` x deflection.
 
     For a thin object the mean transverse momentum is the gradient of the phase, averaged over the probe's intensity
     (Lazić 2016): the result is the phase convolved with the probe (iCOM; from segments, iDPC).
     """
     k = 2 * np.pi / units.wavelength_m(energy_eV)
-    return integrate(k * com_y, k * com_x, step_m, **how)
+    return integrate(k * com_y, k * com_x, step_m, periodic)
 
 
 def phase_sigma(
-    sigma_y: Array, sigma_x: Array, step_m: float | tuple[float, float], energy_eV: float, **how: bool
+    sigma_y: Array, sigma_x: Array, step_m: float | tuple[float, float], energy_eV: float, periodic: bool = False
 ) -> Array:
     """Deviation [rad] of :func:`phase` from those of the deflection [rad]."""
     k = 2 * np.pi / units.wavelength_m(energy_eV)
-    return integrated_sigma(k * sigma_y, k * sigma_x, step_m, **how)
+    return integrated_sigma(k * sigma_y, k * sigma_x, step_m, periodic)
 
 
 def rotation(

@@ -95,7 +95,7 @@ def reflections(
     cell = np.asarray(cell_m, dtype=np.float64)
     if cell.shape != (3, 3) or abs(np.linalg.det(cell)) == 0 or len(symbols) != len(fractions):
         raise InputError("a crystal has three cell vectors that span space, and a fraction (3) for each symbol.")
-    basis = np.linalg.inv(cell).T
+    basis = np.asarray(np.linalg.inv(cell).T, dtype=np.float64)
     most = [int(np.ceil(reach_per_m * np.linalg.norm(row))) for row in cell]
     index = np.array(list(itertools.product(*(range(-m, m + 1) for m in most))))
     g = index @ basis
@@ -127,8 +127,8 @@ class Orientation:
 
     rotation : (3, 3) from crystal to laboratory axes, one of the equivalent ones. sigma_rad : (3,) deviations of small
     turns about the laboratory's x, y and z [rad] (the first two tilt the crystal, the third turns the pattern).
-    score : correlation with the template that it was refined from (1: perfect). ambiguity : likelihood of the best other
-    orientation that was refined, relative to this one (0: none comes near; 1: the pattern cannot tell them apart).
+    score : correlation with the template that it was refined from (1: perfect). ambiguity : likelihood of the best
+    other orientation that was refined, relative to this one (0: none comes near; 1: both explain it).
     misfit : Pearson's chi2 a degree of freedom of the refined model, by which deviations are widened and likelihoods
     tempered (NaN where nothing could be refined).
     """

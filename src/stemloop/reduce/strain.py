@@ -80,7 +80,9 @@ def fit_disks(disks: Disks, guess: NDArray[Any], tolerance_px: float = 2.0) -> D
     return DiskLattice(value, covariance, index, used, chi2, 2 * int(used.sum()) - 6)
 
 
-def strain(vectors: NDArray[Any], reference: NDArray[Any], covariance: NDArray[Any] | None = None) -> tuple[Array, Array]:
+def strain(
+    vectors: NDArray[Any], reference: NDArray[Any], covariance: NDArray[Any] | None = None
+) -> tuple[Array, Array]:
     """Strain and rotation (4,) as :data:`COMPONENTS` from g1, g2 (2, 2) rows of (row, col), and their deviations (4,).
 
     reference : (2, 2) of the unstrained crystal. covariance : (4, 4) of the four numbers of ``vectors`` (zeros if not
