@@ -172,4 +172,6 @@ def test_a_real_spot_pattern_scan_is_what_numpy_says():
     mask = standard(camera, found.summary["disk_radius_px"] * 1e-3)["bf"]
     assert np.allclose(found.maps["bf"], np.einsum("ijyx,yx->ij", data, mask), rtol=2e-4)
     rings = Radial(camera, 1e-3, found.maps["radial"].shape[-1]).rings
-    assert np.allclose(found.maps["radial"] @ rings.sum((1, 2)), np.einsum("ijyx,yx->ij", data, rings.sum(0)), rtol=2e-4)
+    assert np.allclose(
+        found.maps["radial"] @ rings.sum((1, 2)), np.einsum("ijyx,yx->ij", data, rings.sum(0)), rtol=2e-4
+    )
