@@ -1,8 +1,8 @@
 """Strain, disks and single-sideband ptychography beside their bounds and beside other programs, on the same data.
 
 ``python benchmarks/reductions.py [--ssb PYTHON] [--disks PYTHON]``: each names the interpreter of an environment with a
-peer, ``ptychography40`` (with LiberTEM) and ``py4DSTEM``; without it the peer is left out, saying so. CPU seconds of one
-process after one pass that compiles. JSON goes to the standard output and to ``benchmarks/results/reductions.json``.
+peer, ``ptychography40`` (with LiberTEM) and ``py4DSTEM``; without it the peer is left out, saying so. CPU seconds of
+one process after one pass that compiles. JSON goes to the standard output and to ``benchmarks/results/reductions.json``.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ cube = py4DSTEM.DataCube(data=data)
 image = np.load(folder + "/probe.npy")
 probe = py4DSTEM.Probe(image)
 kernel = probe.get_kernel(mode="sigmoid", origin=(64, 64), radii=(6, 24), bilinear=True)
-options = dict(template=probe.kernel, corrPower=1.0, sigma=0, edgeBoundary=6, minRelativeIntensity=0.02, minPeakSpacing=8,
-               subpixel="multicorr", upsample_factor=32, maxNumPeaks=60)
+options = dict(template=probe.kernel, corrPower=1.0, sigma=0, edgeBoundary=6, minRelativeIntensity=0.02,
+               minPeakSpacing=8, subpixel="multicorr", upsample_factor=32, maxNumPeaks=60)
 begun = time.process_time()
 found = cube.find_Bragg_disks(**options)
 spent = time.process_time() - begun
