@@ -82,7 +82,7 @@ class DenseBlock:
         if general:
             matrix = masks[general].reshape(len(general), -1).T.astype(np.float64)
             step = max(1, _CHUNK // (8 * len(matrix)))
-            flat = self._frames.reshape(self.frames, -1)
+            flat = self._frames.reshape(self.frames, self.shape[0] * self.shape[1])
             for first_frame in range(0, self.frames, step):
                 part = slice(first_frame, first_frame + step)
                 out[part, general] = flat[part].astype(np.float64) @ matrix
@@ -100,7 +100,9 @@ class DenseBlock:
         """(frames, count): the counts of each frame under each label 0 .. ``count`` - 1 of ``labels`` (rows, columns),
         such as the rings of :func:`stemloop.stream.masks.rings`; other labels are left out."""
         out = np.zeros((self.frames, count + 1), np.uint64)
-        _azimuthal(self._frames.reshape(self.frames, -1), m.labelled(labels, count, self.shape), out)
+        _azimuthal(
+            self._frames.reshape(self.frames, self.shape[0] * self.shape[1]), m.labelled(labels, count, self.shape), out
+        )
         return out[:, :count].astype(np.float64)
 
     def _fused(self, mask: NDArray[Any]) -> NDArray[np.float64]:

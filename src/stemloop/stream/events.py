@@ -18,6 +18,9 @@ from stemloop.core.protocols import Block
 from stemloop.stream import masks as m
 from stemloop.stream.dense import as_counts
 
+#: Electrons that may always be listed one by one.
+_MOST_SINGLE = 1 << 24
+
 
 class EventBlock:
     """A :class:`~stemloop.core.protocols.Block` of electron events.
@@ -158,7 +161,12 @@ class EventBlock:
         if self.counts is None:
             return self
         indptr = np.concatenate([[0], np.cumsum(self.electrons())])
-        return EventBlock(indptr, np.repeat(self.index, self.counts), self.shape, trusted=True)
+        if indptr[-1] > max(_MOST_SINGLE, 64 * len(self.index)):
+            raise InputError(
+                f"{indptr[-1]} electrons in {len(self.index)} pixels are too many to list one by one; keep them as counts "
+                "(codec 'events') or as dense frames."
+            )
+        return EventBlock(indptr, np.repeat(self.index, self.counts.astype(np.int64)), self.shape, trusted=True)
 
     def frame(self, index: int) -> NDArray[Any]:
         if not -self.frames <= index < self.frames:
@@ -214,8 +222,10 @@ class EventBlock:
         such as the rings of :func:`stemloop.stream.masks.rings`; other labels are left out."""
         out = np.zeros((self.frames, count + 1), np.uint64)
         flat = m.labelled(labels, count, self.shape)
-        block = self.single()
-        _azimuthal(block.indptr, block.index, flat, out)
+        if self.counts is None:
+            _azimuthal(self.indptr, self.index, flat, out)
+        else:
+            _azimuthal_counted(self.indptr, self.index, self.counts, flat, out)
         return out[:, :count].astype(np.float64)
 
     def _fits_u16(self) -> bool:
@@ -337,22 +347,23 @@ def _spread_counted(indptr, index, counts, flat):  # type: ignore[no-untyped-def
 
 @numba.njit(cache=True, nogil=True, boundscheck=False)
 def _packed(indptr, index, table, sums):  # type: ignore[no-untyped-def]
+    one, two, three, four = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(4)  # unsigned: no look for i < 0
     for f in range(len(indptr) - 1):
-        i, stop = indptr[f], indptr[f + 1]
-        fours = stop - (stop - i) % 4
+        i, stop = np.uint64(indptr[f]), np.uint64(indptr[f + 1])
+        fours = stop - ((stop - i) & three)
         a = np.uint64(0)
         b = np.uint64(0)
         c = np.uint64(0)
         d = np.uint64(0)
         while i < fours:  # four sums, so that no addition waits for the one before
             a += table[index[i]]
-            b += table[index[i + 1]]
-            c += table[index[i + 2]]
-            d += table[index[i + 3]]
-            i += 4
+            b += table[index[i + one]]
+            c += table[index[i + two]]
+            d += table[index[i + three]]
+            i += four
         while i < stop:
             a += table[index[i]]
-            i += 1
+            i += one
         sums[f] = a + b + c + d
 
 
@@ -398,3 +409,10 @@ def _azimuthal(indptr, index, labels, out):  # type: ignore[no-untyped-def]
     for f in range(len(indptr) - 1):
         for i in range(indptr[f], indptr[f + 1]):
             out[f, labels[index[i]]] += np.uint64(1)
+
+
+@numba.njit(cache=True, nogil=True, boundscheck=False)
+def _azimuthal_counted(indptr, index, counts, labels, out):  # type: ignore[no-untyped-def]
+    for f in range(len(indptr) - 1):
+        for i in range(indptr[f], indptr[f + 1]):
+            out[f, labels[index[i]]] += np.uint64(counts[i])

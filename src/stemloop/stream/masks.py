@@ -83,7 +83,8 @@ def pack(masks: NDArray[Any], most: int) -> list[Packed] | None:
         return None
     whole = flat.astype(np.int64)
     packs: list[Packed] = []
-    table, fields, shift = np.zeros(whole.shape[1], np.uint64), [], 0
+    fields: list[tuple[int, int, int, int]] = []
+    table, shift = np.zeros(whole.shape[1], np.uint64), 0
     for number, mask in enumerate(whole):
         lowest = min(int(mask.min()), 0)
         bits = max(1, ((int(mask.max()) - lowest) * max(most, 1)).bit_length())
