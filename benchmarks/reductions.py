@@ -2,7 +2,8 @@
 
 ``python benchmarks/reductions.py [--ssb PYTHON] [--disks PYTHON]``: each names the interpreter of an environment with a
 peer, ``ptychography40`` (with LiberTEM) and ``py4DSTEM``; without it the peer is left out, saying so. CPU seconds of
-one process after one pass that compiles. JSON goes to the standard output and to ``benchmarks/results/reductions.json``.
+one process after one pass that compiles. JSON goes to the standard output and to
+``benchmarks/results/reductions.json``.
 """
 
 from __future__ import annotations

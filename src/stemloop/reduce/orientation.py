@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -29,7 +30,7 @@ from scipy.spatial.transform import Rotation
 from stemloop.core import units
 from stemloop.core.errors import InputError
 from stemloop.core.protocols import Block, Camera
-from stemloop.reduce.disks import Template
+from stemloop.reduce.disks import FINE, Template
 from stemloop.reduce.engine import Maps, Rows
 
 Array = NDArray[np.float64]
@@ -38,6 +39,9 @@ Array = NDArray[np.float64]
 TURNS = 240
 #: Spots whose Gaussian of the excitation error is below this are left out.
 _FAINT = 1e-4
+#: Small turns about the laboratory's axes, for derivatives.
+_NUDGE_RAD = 5e-4
+_NUDGES = Rotation.from_rotvec(_NUDGE_RAD * np.eye(3)).as_matrix()
 
 
 @dataclass(frozen=True)
@@ -182,20 +186,9 @@ class Matcher:
     def image(self, rotation: NDArray[Any], thickness_m: float | None = None) -> Array:
         """(rows, columns): the spots' image; a spot of strength 1 has a plateau of 1. Without the direct beam."""
         places, strength = self.spots(rotation, thickness_m)
-        half = self.template.half
-        rows, columns = self.camera.shape
-        image = np.zeros((rows + 4 * half, columns + 4 * half))
-        near = np.arange(-half - 1, half + 2)
-        inside = np.all((places > -half) & (places < np.array([rows, columns]) + half - 1), axis=1)
-        if not inside.any():
-            return image[2 * half : -2 * half, 2 * half : -2 * half]
-        places, strength = places[inside], strength[inside]
-        middle = np.rint(places).astype(int)
-        y = (middle[:, 0, None] + near)[:, :, None] * np.ones((1, 1, len(near)), dtype=int)
-        x = (middle[:, 1, None] + near)[:, None, :] * np.ones((1, len(near), 1), dtype=int)
-        values = self.template.at(y - places[:, 0, None, None], x - places[:, 1, None, None])
-        np.add.at(image, (y + 2 * half, x + 2 * half), values * strength[:, None, None])
-        return image[2 * half : -2 * half, 2 * half : -2 * half]
+        image = np.zeros(self.camera.shape)
+        _stamp(places, strength, self.template.fine, self.template.half, image)
+        return image
 
     # ---------------------------------------------------------------------------------------------- the library
 
@@ -310,7 +303,7 @@ class Matcher:
         the rotation, its deviations, Pearson's chi2 a degree of freedom, and the deviance."""
         y, x = np.indices(counts.shape)
         use = np.hypot(y - self.camera.centre_px[0], x - self.camera.centre_px[1]) > self._radii[0]
-        data, h = counts[use], 5e-4
+        data = counts[use]
         b = max(float(np.median(data)), 1.0 / data.size, 0.2 * data.mean())
         a, sigma = -1.0, np.full(3, np.nan)
         for thickness, most in ((self._blunt_m, 8), (self.thickness_m, 20)):
@@ -319,10 +312,9 @@ class Matcher:
                 a = max(float(image @ (data - b) / max(image @ image, 1e-300)), 1e-3)
             for iteration in range(most):
                 slopes = []
-                for axis in np.eye(3):
-                    turned = (Rotation.from_rotvec(sign * h * axis).as_matrix() @ rotation for sign in (1, -1))
-                    forth, back = (self.image(r, thickness)[use] for r in turned)
-                    slopes.append((forth - back) * (a / (2 * h)))
+                for nudge in _NUDGES:
+                    forth, back = (self.image(turn @ rotation, thickness)[use] for turn in (nudge, nudge.T))
+                    slopes.append((forth - back) * (a / (2 * _NUDGE_RAD)))
                 mean = np.maximum(a * image + b, 1e-9)
                 jacobian = np.stack([*slopes, image, np.ones_like(image)])
                 scaled = jacobian / mean
@@ -344,6 +336,23 @@ class Matcher:
         with np.errstate(divide="ignore", invalid="ignore"):
             logs = np.where(data > 0, data * np.log(data / mean), 0.0)
         return rotation, sigma * np.sqrt(max(misfit, 1.0)), misfit, float(2 * np.sum(logs - data + mean))
+
+
+@numba.njit(cache=True, nogil=True)
+def _stamp(places, strength, fine, half, image):  # type: ignore[no-untyped-def]
+    """Add the probe's image, taken linearly from ``fine``, at each place."""
+    last = len(fine) - 1
+    for n in range(len(places)):
+        y, x = places[n]
+        for r in range(max(0, int(np.ceil(y - half))), min(image.shape[0], int(np.floor(y + half)) + 1)):
+            p = (r - y + half) * FINE
+            u = min(int(p), last - 1)
+            for c in range(max(0, int(np.ceil(x - half))), min(image.shape[1], int(np.floor(x + half)) + 1)):
+                q = (c - x + half) * FINE
+                v = min(int(q), last - 1)
+                above = (1 - q + v) * fine[u, v] + (q - v) * fine[u, v + 1]
+                below = (1 - q + v) * fine[u + 1, v] + (q - v) * fine[u + 1, v + 1]
+                image[r, c] += strength[n] * ((1 - p + u) * above + (p - u) * below)
 
 
 @dataclass(frozen=True)
