@@ -8,6 +8,8 @@ import h5py
 import numpy as np
 import pytest
 
+from recording import write_recording
+
 from stemloop import cli
 from stemloop.campaign import reduction
 from stemloop.core import units
@@ -128,6 +130,9 @@ def test_what_cannot_be_reduced_is_said(file, tmp_path, capsys):
         reduction.reduce_scan(reduction.open_scan(file), ("adf2",))
     np.save(tmp_path / "image.npy", np.zeros((8, 8)))
     assert cli.main(["reduce", str(tmp_path / "image.npy"), "--out", str(tmp_path / "o")]) == 2
+    assert "holds no 4D-STEM data" in capsys.readouterr().err
+    spectra = write_recording(tmp_path / "spectra.hspy")
+    assert cli.main(["reduce", str(spectra), "--out", str(tmp_path / "o")]) == 2
     assert "holds no 4D-STEM data" in capsys.readouterr().err
     assert cli.main(["reduce", str(tmp_path / "nowhere.npy"), "--out", str(tmp_path / "o")]) == 2
     (tmp_path / "broken.npy").write_bytes(b"\x93NUMPY\x01\x00nonsense")

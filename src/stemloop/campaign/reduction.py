@@ -92,7 +92,8 @@ def open_scan(path: Path, memory_MB: float = 2048.0, **known: float | None) -> S
 
     ``known`` overrides what the file says: ``pixel_rad``, ``step_m``, ``energy_eV``, ``semiangle_rad``.
     """
-    signals = [s for s in read(path, timeout_s=600.0, memory_MB=memory_MB, mapped=True) if s.data.ndim in (3, 4)]
+    found = read(path, timeout_s=600.0, memory_MB=memory_MB, mapped=True)
+    signals = [s for s in found if s.data.ndim in (3, 4) and not any(a.name.startswith("energy") for a in s.axes)]
     if not signals:
         raise InputError(f"{path.name} holds no 4D-STEM data: frames of a scan (4 dimensions) or a stack of them (3).")
     signal = max(signals, key=lambda s: (s.data.ndim, s.data.size))
