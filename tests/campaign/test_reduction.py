@@ -13,8 +13,10 @@ from stemloop import cli
 from stemloop.campaign import reduction
 from stemloop.core import units
 from stemloop.core.errors import InputError, UnknownName
+from stemloop.core.protocols import Batch
 from stemloop.reduce.detectors import Radial, disk_area, standard
-from stemloop.reduce.engine import reduce
+from stemloop.reduce.engine import Reduction, Together, reduce
+from stemloop.stream import LandingLog, Receiver, Sender
 from stemloop.stream.dense import DenseBlock
 from stemloop.stream.events import EventBlock
 
@@ -82,6 +84,25 @@ def test_sparse_and_dense_blocks_threads_and_order_give_the_same_bits(file, monk
     assert {title for title, _, _ in seen} == {"patterns", "maps"} and seen[-1][1:] == (168, 168)
     for name, found in dense.maps.items():
         assert found.tobytes() == sparse.maps[name].tobytes(), name
+
+
+def test_a_live_stream_its_log_and_its_file_give_the_same_bits(file, tmp_path):
+    opened = reduction.open_scan(file)
+    frames = np.asarray(opened.data).reshape(-1, *FRAME)
+    camera = reduction.Camera(FRAME, 1e-3, CENTRE)
+    folds = [reduction.Virtual(standard(camera, 6e-3)), reduction.Patterns(), reduction.dpc.CentreOfMass(camera)]
+    whole = reduce(folds, opened.blocks(), SCAN, FRAME)
+    with LandingLog(tmp_path / "log", "run") as log, Receiver("tcp://127.0.0.1:*", log, "run") as receiver:
+        live = Reduction(Together(tuple(folds)), SCAN, FRAME)
+        with Sender(receiver.address, "run") as sender:
+            for first in range(0, len(frames), 21):
+                sender.send(Batch("cbed", first, frames[first : first + 21]))
+            for first in range(0, len(frames), 12):
+                live.take(first, EventBlock.from_dense(receiver.wait("cbed", first, 12)))
+                assert np.count_nonzero(np.isfinite(live.result()["bf"])) == first + 12
+        stored = reduce(folds, ((b.first, DenseBlock(b.frames)) for b in log.batches("cbed")), SCAN, FRAME)
+    for name, found in whole.items():
+        assert found.tobytes() == live.result()[name].tobytes() == stored[name].tobytes(), name
 
 
 def test_values_that_are_no_counts_are_rounded_and_lose_their_deviations(tmp_path):
