@@ -11,7 +11,7 @@ DARK, NOISE, SIGNAL, SPREAD = 100.0, 6.0, 80.0, 15.0
 
 
 def detector(rng, frames=60, shape=(128, 128), occupancy=0.004, dtype=np.float64):
-    """Analogue frames and where their electrons are; each leaves all its signal in its pixel, none is beside another."""
+    """Analogue frames and where their electrons are; each leaves all its signal in its pixel, none is beside one."""
     rows, columns = shape
     truth = np.zeros((frames, rows // 4, 4, columns // 4, 4), bool)
     truth[:, :, 1, :, 1] = rng.random((frames, rows // 4, columns // 4)) < 16 * occupancy

@@ -30,7 +30,7 @@ DETECTORS = np.stack([RING == 0, np.indices(SHAPE)[0] < 20]).astype(np.uint8)
 
 
 def same(measured, stated, spread=4.0):
-    """Noise agrees within 4 sigma of a deviation over FRAMES frames (1.8 % each), bias is 0 within 4 sigma of a mean."""
+    """Noise agrees within 4 sigma of a deviation over FRAMES frames (1.8 % each), bias is 0 within 4 of a mean."""
     relative = spread / np.sqrt(2 * FRAMES)
     for noise, expected in ((measured.com_noise, stated.com_noise), (measured.detectors_noise, stated.detectors_noise)):
         assert np.all(np.abs(noise - expected) <= relative * expected + 1e-12), (noise, expected)

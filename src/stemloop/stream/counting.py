@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numba
@@ -67,13 +68,13 @@ def measure(frames: NDArray[Any], false_rate: float = 1e-5) -> Threshold:
         raise InputError("these frames are constant or not finite; a threshold needs the noise of real frames.")
     empty, half_bin = 1.0, _half_bin(frames.dtype)
     for _ in range(20):
-        middle, low = (_quantile(values, empty * share) for share in (0.5, ndtr(-1.0)))
+        middle, low = (_quantile(values, empty * share) for share in (0.5, float(ndtr(-1.0))))
         dark, noise = middle, max(math.sqrt(max((middle - low) ** 2 - half_bin**2 / 3, 0.0)), 1e-12 + half_bin / 2)
         hit = values[np.searchsorted(values, dark + 5 * noise) :]
         empty = 1 - len(hit) / len(values)
     occupancy = 1 - empty
     signal = spread = math.nan
-    lowest = dark - ndtri(false_rate) * noise
+    lowest = float(dark - ndtri(false_rate) * noise)
     value = lowest
     if len(hit) >= 50:
         signal = float(np.median(hit)) - dark
@@ -100,7 +101,7 @@ def count(frames: NDArray[Any], threshold: float, dark: float = 0.0, *, centroid
     if len(index):
         _maxima(values, np.float32(threshold), np.float32(dark), centroid, hits, indptr[:-1].copy(), index)
     if centroid:  # electrons may have changed places
-        for first, stop in zip(indptr[:-1], indptr[1:], strict=True):
+        for first, stop in pairwise(indptr):
             index[first:stop].sort()
     return EventBlock(indptr, index, (values.shape[1], values.shape[2]), trusted=True)
 

@@ -1,8 +1,8 @@
 """Smaller than without loss, at a stated price: what is added to centres of mass and virtual detectors, in units of
 their shot noise.
 
-* :class:`SquareRoot`: counts go to the nearer levels at random, so that the mean is kept whatever the pattern; the levels
-  lie a given part of the shot noise apart. At level distance d, a count between two of them gains the variance
+* :class:`SquareRoot`: counts go to the nearer levels at random, so that the mean is kept whatever the pattern; the
+  levels lie a given part of the shot noise apart. At level distance d, a count between two of them gains the variance
   (n - below)(above - n), about d^2 / 6 with d = step sqrt(n): the noise rises by the factor sqrt(1 + step^2 / 6).
 * :class:`Binned`: pixels are added up b x b. Sums are exact; each electron's place becomes its bin's middle, which adds
   (b^2 - 1) / 12 px^2 an electron to each component of the centre of mass, if the pattern is smooth over a bin.
@@ -26,8 +26,8 @@ from stemloop.stream.dense import DenseBlock, as_counts
 
 
 class Loss(NamedTuple):
-    """Bias and 1-sigma noise that a lossy form adds, in units of the shot noise of one frame: ``com`` (2,) for the centre
-    of mass (row, column), ``detectors`` (k,) for each virtual detector; roots of mean squares over the frames."""
+    """Bias and 1-sigma noise that a lossy form adds, in units of the shot noise of one frame: ``com`` (2,) for the
+    centre of mass (row, column), ``detectors`` (k,) for each virtual detector; roots of means over the frames."""
 
     com_bias: NDArray[np.float64]
     com_noise: NDArray[np.float64]
@@ -73,7 +73,10 @@ def measured(block: Block, masks: NDArray[Any], moments: NDArray[Any], sums: NDA
     com_sigma, sigma = np.sqrt(shot.com_variance.mean(axis=0)), np.sqrt(shot.sums_variance.mean(axis=0))
     safe = np.where(sigma > 0, sigma, 1)
     return Loss(
-        com.mean(axis=0) / com_sigma, com.std(axis=0) / com_sigma, differences.mean(axis=0) / safe, differences.std(axis=0) / safe
+        com.mean(axis=0) / com_sigma,
+        com.std(axis=0) / com_sigma,
+        differences.mean(axis=0) / safe,
+        differences.std(axis=0) / safe,
     )  # fmt: skip
 
 
@@ -102,7 +105,7 @@ class SquareRoot:
     @property
     def loss(self) -> str:
         rise = 100 * (np.sqrt(1 + self.step**2 / 6) - 1)
-        return f"counts are rounded at random to levels {self.step:g} sigma of shot noise apart: no bias, noise up {rise:.1f} %"
+        return f"counts go at random to levels {self.step:g} sigma of shot noise apart: no bias, noise up {rise:.1f} %"
 
     def levels(self, highest: int) -> NDArray[np.int64]:
         """The counts that are kept, up to the first one that is not below ``highest``: whole numbers next to
