@@ -62,8 +62,8 @@ def _group(first: int, n: int) -> NDArray[np.uint16]:
 
 @dataclass(frozen=True)
 class Container:
-    """``write(path, ack)`` writes for ever; ``read(path)`` gives (number, frame or None) of all that the container
-    offers. ``resumes``: ``write`` goes on with what an earlier, killed one left."""
+    """``write(path, ack)`` writes up to 2^14 frames and waits; ``read(path)`` gives (number, frame or None) of all that
+    the container offers. ``resumes``: ``write`` goes on with what an earlier, killed one left."""
 
     name: str
     write: Callable[[Path, Ack], None]
@@ -80,7 +80,8 @@ def _write_log(path: Path, ack: Ack) -> None:
     spans = log.index.get("cbed", [])
     first = spans[-1][1] if spans else 0
     rng = random.Random(first)
-    while True:
+    last = first + _MOST_FRAMES
+    while first < last:
         batches, begin = [], first
         for _ in range(rng.randint(1, 4)):
             n = rng.randint(1, GROUP)
@@ -88,6 +89,7 @@ def _write_log(path: Path, ack: Ack) -> None:
             first += n
         log.append_many(batches)
         ack(begin, first)
+    signal.pause()
 
 
 def _read_log(path: Path) -> Iterator[tuple[int, NDArray[Any] | None]]:
@@ -347,7 +349,7 @@ class Disk:
             _run("umount", str(self.place))
 
 
-def cuts(container: Container, folder: Path, n: int, rng: random.Random, most_s: float = 0.8) -> Tally:
+def cuts(container: Container, folder: Path, n: int, rng: random.Random, most_s: float = 0.5) -> Tally:
     """Cut the power ``n`` times at random moments; needs :func:`why_no_cuts` to be empty."""
     tally = Tally()
     disk = Disk(folder)
