@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from stemloop import __version__
-from stemloop.commands import bench, experiment
+from stemloop.commands import bench, experiment, file
 from stemloop.core.errors import InstrumentError, LeaseError, StemloopError
 
 
@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"stemloop {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    for subject in (experiment, bench):
+    for subject in (experiment, file, bench):
         subject.add(verbs)
     return top
 

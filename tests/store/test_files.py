@@ -334,7 +334,8 @@ def harm(whole, rng):
         return changed
     begin = rng.randrange(len(whole)) // 512 * 512
     other = rng.randrange(len(whole)) // 512 * 512
-    changed[begin : begin + 512] = bytes(len(changed[begin : begin + 512])) if kind == 1 else whole[other : other + 512]
+    sector = bytes(512) if kind == 1 else whole[other : other + 512].ljust(512, b"\0")
+    changed[begin : begin + 512] = sector
     return changed[: len(whole)]
 
 

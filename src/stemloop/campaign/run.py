@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from stemloop import __version__
-from stemloop.campaign import report
+from stemloop.campaign import keeping, report
 from stemloop.campaign.journal import Journal
 from stemloop.campaign.loop import Experiment, Step
 from stemloop.campaign.memory import peak_memory_MB
@@ -229,14 +229,32 @@ class Run:
             if r["kind"] == "exposure" and not r["lost"]
         }
         run = {"id": self.site.run_id, "settings": self.settings.to_dict(), "summary": self.summary}
-        files.seal(
-            self.site.log.batches(),
+        keeping.seal_log(
+            self.site.log.path,
             self.directory / "frames.h5",
             run=run,
             calibrations=calibrations,
             positions=self._positions(),
+            logs=self._logs(),
             overwrite=True,
         )
+
+    def _logs(self) -> dict[str, dict[str, Any]]:
+        """The instrument's state as time series: one value an exposure, at the second of its beginning if that is
+        known, else at its number."""
+        series: dict[str, dict[str, Any]] = {}
+        exposures = [r for r in self.site.journal.records if r["kind"] == "exposure" and not r["lost"]]
+        timed = all(record.get("began_s") for record in exposures)
+        for number, record in enumerate(exposures):
+            for key, value in record["state"].items():
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                    log = series.setdefault(key, {"time": [], "value": []})
+                    log["time"].append(record["began_s"] - exposures[0]["began_s"] if timed else number)
+                    log["value"].append(value)
+        if not timed:
+            for log in series.values():
+                log["description"] = "the times are numbers of exposures"
+        return series
 
     def _positions(self) -> dict[str, np.ndarray]:
         """Of each stream of points: the position (y, x) [m] of every frame, by sequence number."""

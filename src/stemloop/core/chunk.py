@@ -10,7 +10,6 @@ deflate [1]_ makes the same kind of stream as zlib (RFC 1950), several times fas
 from __future__ import annotations
 
 import math
-import zlib
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,7 @@ def inflate(data: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArra
     unpacker = isal_zlib.decompressobj()
     try:
         raw = unpacker.decompress(data, size + 1)
-    except (zlib.error, isal_zlib.error) as error:
+    except Exception as error:
         raise ValueError(f"it cannot be inflated: {error}") from None
     if len(raw) != size:
         raise ValueError(f"{size} bytes were expected and {len(raw)} came")

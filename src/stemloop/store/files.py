@@ -88,7 +88,21 @@ def seal(
     Errors: :class:`StorageError` (full, read-only, not writable), :class:`InputError`, :class:`IntegrityError` (what
     was read back differs; nothing appears under ``path``).
     """
-    known = Known(
+    told = known(run, calibrations, positions, logs, lost, meta, profile)
+    return seal_in_child("stemloop.store.files:write", {}, path, told, blocks, overwrite, timeout_s)
+
+
+def known(
+    run: Mapping[str, Any],
+    calibrations: Mapping[str, Mapping[str, Any]] | None = None,
+    positions: Mapping[str, NDArray[np.float64]] | None = None,
+    logs: Mapping[str, Mapping[str, Any]] | None = None,
+    lost: Mapping[str, Sequence[Span]] | None = None,
+    meta: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    profile: str = "portable",
+) -> Known:
+    """What :func:`seal` is told besides the frames, as plain numbers and words."""
+    return Known(
         run=_plain(run),
         calibrations=_plain(calibrations or {}),
         positions={stream: _table(stream, places) for stream, places in (positions or {}).items()},
@@ -97,21 +111,20 @@ def seal(
         meta=_plain(meta or {}),
         profile=profile,
     )
-    return seal_in_child("stemloop.store.files:write", {}, path, known, blocks, overwrite, timeout_s)
 
 
 def seal_in_child(
     function: str,
     arguments: dict[str, Any],
     path: str | os.PathLike[str],
-    known: Known,
+    told: Known,
     blocks: Iterable[Batch | Encoded] = (),
     overwrite: bool = False,
     timeout_s: float = 3600.0,
 ) -> dict[str, Any]:
     """Seal with ``function`` (``module:name``), called in a child process as :func:`write` is; see :func:`seal`."""
-    if known.profile not in PROFILES:
-        raise InputError(f"{known.profile!r} is no profile of a sealed file; choose one of {', '.join(PROFILES)}.")
+    if told.profile not in PROFILES:
+        raise InputError(f"{told.profile!r} is no profile of a sealed file; choose one of {', '.join(PROFILES)}.")
     target = Path(path)
     _writable(target, overwrite)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
@@ -123,7 +136,7 @@ def seal_in_child(
                 folder,
                 timeout_s=timeout_s,
                 memory_MB=4096,
-                feed=_feed(known, blocks),
+                feed=_feed(told, blocks),
                 grow=True,
             )
         os.replace(part, target)
@@ -312,18 +325,17 @@ def _feed(known: Known, blocks: Iterable[Batch | Encoded]) -> Iterator[bytes]:
         yield _message({"stream": stream}, table.tobytes())
     yield _message({})
     for block in blocks:
-        raw = isinstance(block, Batch)
-        head = {
-            "stream": block.stream,
-            "first": int(block.first),
-            "n": len(block.frames) if isinstance(block, Batch) else block.n,
-            "shape": list(block.frames.shape[1:] if isinstance(block, Batch) else block.shape),
-            "dtype": block.frames.dtype.str if isinstance(block, Batch) else block.dtype,
-            "codec": _RAW if raw else block.codec,
-            "meta": _plain(block.meta),
-        }
-        yield _message(head, block.frames.tobytes() if isinstance(block, Batch) else block.payload)
+        entry = _raw(block) if isinstance(block, Batch) else block
+        head = {**vars(entry), "first": int(entry.first), "shape": list(entry.shape), "meta": _plain(entry.meta)}
+        payload = head.pop("payload")
+        yield _message(head, payload)
     yield _message({})
+
+
+def _raw(batch: Batch) -> Encoded:
+    frames = batch.frames
+    first, n, shape = int(batch.first), len(frames), frames.shape[1:]
+    return Encoded(batch.stream, first, n, shape, frames.dtype.str, _RAW, frames.tobytes(), batch.meta)
 
 
 # ------------------------------------------------------------------------------------------------- in the child

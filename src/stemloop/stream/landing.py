@@ -110,6 +110,20 @@ def _reserve(file: int, offset: int, length: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
+def _block(fields: dict[str, Any], payload: bytes) -> Encoded:
+    n, *shape = fields["shape"]
+    return Encoded(
+        fields["stream"],
+        fields["first"],
+        n,
+        tuple(shape),
+        fields["dtype"],
+        fields["codec"],
+        payload,
+        fields["meta"],
+    )
+
+
 class LandingLog:
     """A durable :class:`~stemloop.core.protocols.FrameLog` in the file ``path``.
 
@@ -492,23 +506,20 @@ class LandingLog:
             _, fields, begin, length, wanted = head
             payload = os.pread(self._file, length, begin)
             if packet.crc32c(payload) == wanted:
-                n, *shape = fields["shape"]
-                return Encoded(
-                    fields["stream"],
-                    fields["first"],
-                    n,
-                    tuple(shape),
-                    fields["dtype"],
-                    fields["codec"],
-                    payload,
-                    fields["meta"],
-                )
+                return _block(fields, payload)
         raise IntegrityError(f"{self.path}: the record at offset {offset} is damaged; it is not served.")
 
     def _unpack(self, block: Encoded) -> Batch:
         if block.codec == packet.RAW or self._decode is None:
             return packet.unpacked(block)
         return Batch(block.stream, block.first, self._decode(block), block.meta)
+
+    def heads(self) -> Iterator[tuple[Encoded, int]]:
+        """What :meth:`blocks` yields, without its payload but with its size [bytes]; damaged ones are left out."""
+        for offset in list(self._records):
+            head = self._head(offset, self._end)
+            if head is not None:
+                yield _block(head[1], b""), head[3]
 
     def blocks(self, stream: str | None = None, *, skip_corrupt: bool = False) -> Iterator[Encoded]:
         """All blocks (of ``stream``) in the order in which they were written, not unpacked.
