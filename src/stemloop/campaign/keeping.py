@@ -55,7 +55,8 @@ def write(path: str, log: str, folder: Path) -> dict[str, dict[str, Any]]:
     known = files.read_known(sys.stdin.buffer)
     with LandingLog(log, readonly=True) as source:
         lost = {stream: list(account.lost) for stream, account in source.ledger().items() if account.lost}
-        return sealing.write(path, source, replace(known, lost=lost), decode)
+        known = replace(known, lost=lost, run={"id": source.run, **known.run})
+        return sealing.write(path, source, known, decode)
 
 
 # ----------------------------------------------------------------------------------------- either kind of file

@@ -174,13 +174,20 @@ def find(file: int, path: str | os.PathLike[str]) -> tuple[Chart, list[Flaw]]:
             raise UnreadableFile(f"{name} is no sealed file, or its beginning and its end are damaged.")
         raise IntegrityError(f"{path}: both charts of the file are damaged; nothing in it can be vouched for.")
     found: list[Flaw] = []
-    if front is None and chart.front[1]:
+    if chart.front[1] and (front is None or not _empty_behind(file, *chart.front)):
         found.append(Flaw(*chart.front, "the chart at the front is damaged"))
     if size < chart.size:
         found.append(Flaw(size, chart.size - size, "the file was cut short"))
     elif behind is None:
         found.append(Flaw(chart.size, size - chart.size, "the chart behind the end is damaged"))
     return chart, found
+
+
+def _empty_behind(file: int, offset: int, room: int) -> bool:
+    """Whether the room for the chart at the front has nothing but zeros behind the chart."""
+    raw = os.pread(file, room, offset)
+    used = _LEAD.size + int(_LEAD.unpack_from(raw)[1])
+    return not raw[used:].strip(b"\0")
 
 
 def _load(file: int, size: int, offset: int | None) -> Chart | None:

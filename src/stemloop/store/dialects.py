@@ -69,7 +69,8 @@ def log(file: h5py.File, name: str, record: Mapping[str, Any]) -> None:
 def describe(file: h5py.File, name: str, data: h5py.Dataset, axes: list[Axis], run: Mapping[str, Any]) -> None:
     """Make ``data``, with one axis a dimension, a thing that each dialect knows."""
     group = data.parent
-    group.attrs.update(NX_class="NXdata", signal="data", emd_group_type="array", python_class="Array", title=name)
+    group.attrs.update(NX_class="NXdata", signal="data", emd_group_type="array", python_class="Array")
+    group["title"] = name
     group.attrs["axes"] = [axis.name for axis in axes]
     simulated = isinstance(run.get("sample"), Mapping) and run["sample"].get("is_simulation") is True
     data.attrs.update(
@@ -87,7 +88,7 @@ def describe(file: h5py.File, name: str, data: h5py.Dataset, axes: list[Axis], r
     ncem.attrs["emd_group_type"] = 1
     ncem["data"] = data
     for i, axis in enumerate(axes):
-        unit = "" if axis.unit == "px" else axis.unit
+        unit = axis.unit or "1"  # pyNSID takes no empty one
         values = group.create_dataset(axis.name, data=axis.values)
         values.attrs.update(units=unit, name=axis.name, long_name=axis.name, quantity=axis.name)
         values.attrs["dimension_type"] = _dimension_type(axis)

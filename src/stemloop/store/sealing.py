@@ -33,7 +33,7 @@ from stemloop.store.chart import CHUNK, Chart, Set
 _CHUNK_BYTES = 1 << 20
 _PENDING_BYTES = 512 << 20
 _CACHE_BYTES = 64 << 20
-_CHART_SLACK = 1 << 16
+_CHART_SLACK = 1 << 14
 _WINDOW = 1 << 22
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _FRAME_AXES = {0: (), 1: ("energy_loss",), 2: ("y", "x"), 3: ("channel", "y", "x")}
