@@ -247,7 +247,7 @@ BENCHMARKS: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "twin": (RESULTS / "twin.json", twin),
     "energetics": (RESULTS / "energetics.json", energetics),
     "decision": (RESULTS / "decision.json", decision),
-    "coverage": (RESULTS / "coverage.json", coverage),
+    "coverage": (RESULTS / "belief_coverage.json", coverage),
     "control": (RESULTS / "control.json", control),
     "stream": (RESULTS / "stream_durable.json", stream),
 }

@@ -373,7 +373,7 @@ def fit(
     anisotropic : learn one length scale along y and another along x.
     caution : how many posterior deviations the hyperparameters are taken from their most probable values in the
         direction in which the field's deviations rise most: shorter lengths, a larger amplitude. The most probable
-        values alone promise too much while they rest on few points; ``benchmarks/coverage.py`` measures it.
+        values alone promise too much while they rest on few points; ``benchmarks/belief_coverage.py`` measures it.
 
     Returns
     -------

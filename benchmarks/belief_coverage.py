@@ -3,7 +3,7 @@
 Active runs on fields that are not stationary (the energy of an inclusion in a random strain field: a quadratic form of
 smooth random components, flat where they vanish, and a bump) until the largest deviation falls to a target. At the stop
 the truth should lie within two deviations at about 95 % of the pixels. One row a setting of the fit; targets and noise
-are shares of the field's range. Run: ``python benchmarks/coverage.py [--seeds 12]``; JSON to benchmarks/results.
+are shares of the field's range. Run: ``python benchmarks/belief_coverage.py [--seeds 12]``; JSON to benchmarks/results.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def main() -> None:
     text = json.dumps({"seeds": seeds, "field": "energy of an inclusion, 65x65, 10 nm", "settings": result}, indent=1)
     results = Path(__file__).parent / "results"
     results.mkdir(exist_ok=True)
-    (results / "coverage.json").write_text(text + "\n")
+    (results / "belief_coverage.json").write_text(text + "\n")
     print(text)
 
 
