@@ -225,7 +225,7 @@ class Blocks:
         return iter(self._blocks)
 
 
-def deflated(stream, first, frames, codec="shuffle-deflate"):
+def deflated(stream, first, frames, codec="hdf5-deflate"):
     payload = pipelines.pack(frames, len(frames), codec)
     return Encoded(stream, first, len(frames), frames.shape[1:], frames.dtype.str, codec, payload)
 
@@ -236,7 +236,7 @@ def test_any_order_overlap_and_size_of_blocks_gives_the_same_frames(data, tmp_pa
     """Law: what is read is, number by number, the first copy of what was given, whatever the blocks."""
     truth = np.random.default_rng(5).integers(0, 9, (40, 4, 6)).astype(np.uint16)
     spans = st.tuples(st.integers(0, 38), st.integers(1, 12)).map(lambda s: (s[0], min(40, s[0] + s[1])))
-    codecs = st.sampled_from(["raw", "shuffle-deflate"])
+    codecs = st.sampled_from(["raw", "hdf5-deflate"])
     drawn = data.draw(st.lists(st.tuples(spans, codecs), min_size=1, max_size=9))
     scan = data.draw(st.sampled_from([None, (4, 10), (10, 4), (5, 8)]))
     calibrations = {"s": {"scan": {"shape": scan}}} if scan else {}
@@ -273,7 +273,7 @@ def test_a_scan_is_four_dimensional(tmp_path):
     assert signal.axes[:2] == tuple(axes) and signal.axes[2].unit == "rad"
 
 
-@pytest.mark.parametrize("codec", ["bitshuffle-lz4", "bitshuffle-zstd"])
+@pytest.mark.parametrize("codec", ["hdf5-bitshuffle-lz4", "hdf5-bitshuffle-zstd"])
 def test_the_working_profile_keeps_what_was_landed(tmp_path, codec):
     pytest.importorskip("hdf5plugin")
     frames = np.random.default_rng(3).poisson(0.1, (50, 16, 16)).astype(np.uint16)

@@ -18,14 +18,24 @@ from numpy.typing import NDArray
 from stemloop.core.errors import InputError, IntegrityError, UnreadableFile
 from stemloop.core.protocols import Encoded
 from stemloop.core.spans import Span
-from stemloop.store import files, sealing
+from stemloop.store import files, pipelines, sealing
 from stemloop.store.sealed import Sealed
+from stemloop.stream import codec
 from stemloop.stream.landing import LandingLog
 
 
 def decode(block: Encoded) -> NDArray[Any]:
-    """The frames of a block of any codec of the house."""
-    raise InputError(f"stream {block.stream!r} is written with the unknown codec {block.codec!r}.")
+    """The frames (n, ...) of a block of any codec of the house."""
+    dtype = np.dtype(block.dtype)
+    if block.codec in pipelines.KNOWN:
+        return pipelines.unpack(block.payload, (block.n, *block.shape), dtype, block.codec)
+    found = codec.decode(block.payload)
+    if (found.frames, *found.shape) != (block.n, *block.shape):
+        raise IntegrityError(
+            f"a block of stream {block.stream!r} holds {found.frames} frames of {found.shape}, not {block.n} of "
+            f"{block.shape}."
+        )
+    return found.dense().astype(dtype, copy=False)
 
 
 def seal_log(

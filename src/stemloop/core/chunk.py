@@ -17,7 +17,7 @@ from isal import isal_zlib
 from numpy.typing import NDArray
 
 #: The codec's name in an :class:`~stemloop.core.protocols.Encoded` block.
-SHUFFLE_DEFLATE = "shuffle-deflate"
+SHUFFLE_DEFLATE = "hdf5-deflate"
 
 
 def deflate(frames: NDArray[Any], rows: int | None = None) -> bytes:

@@ -20,8 +20,8 @@ RAW = "raw"
 PORTABLE = frozenset({RAW, SHUFFLE_DEFLATE})
 #: Filters of hdf5plugin, by the name of the codec: class and arguments.
 PLUGINS: dict[str, tuple[str, dict[str, Any]]] = {
-    "bitshuffle-lz4": ("Bitshuffle", {"cname": "lz4"}),
-    "bitshuffle-zstd": ("Bitshuffle", {"cname": "zstd"}),
+    "hdf5-bitshuffle-lz4": ("Bitshuffle", {"cname": "lz4"}),
+    "hdf5-bitshuffle-zstd": ("Bitshuffle", {"cname": "zstd"}),
 }
 KNOWN = PORTABLE | frozenset(PLUGINS)
 
