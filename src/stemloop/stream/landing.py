@@ -83,8 +83,10 @@ def storage_error(what: str, path: Path, error: OSError) -> StorageError:
 
 
 def _dead(file: int) -> bool:
-    """Whether the file system of an open file takes nothing any more, not even a flush."""
+    """Whether the file system of an open file takes nothing any more."""
     try:
+        if os.fstatvfs(file).f_flag & os.ST_RDONLY:
+            return True
         os.fsync(file)
     except OSError as error:
         return error.errno in (errno.EIO, errno.EROFS, errno.ESTALE)
@@ -171,6 +173,7 @@ class LandingLog:
         self._places: dict[str, list[_Place]] = {}
         self._records: list[int] = []
         self._broken = False
+        self._away = False
         try:
             flags = os.O_RDONLY if readonly else os.O_RDWR | os.O_CREAT
             self._file = os.open(self.path, flags | os.O_CLOEXEC, 0o644)
@@ -369,11 +372,16 @@ class LandingLog:
         self._writable()
         with self._lock:
             self._mend()
-            head = msgpack.packb({"stream": stream, "first": int(first), "stop": int(stop), "why": why})
-            mark = self._pack(_LOST, head, b"", self._end)
-            self._commit([mark], self._end + len(mark))
+            absent = self._spans.get(stream, Spans()).absent(int(first), int(stop))
+            marks, end = [], self._end
+            for begin, after in absent:
+                head = msgpack.packb({"stream": stream, "first": begin, "stop": after, "why": why})
+                marks.append(self._pack(_LOST, head, b"", end))
+                end += len(marks[-1])
+            self._commit(marks, end)
             with self._index_lock:
-                self._lost.setdefault(stream, Spans()).add(first, stop)
+                for begin, after in absent:
+                    self._lost.setdefault(stream, Spans()).add(begin, after)
 
     def _writable(self) -> None:
         if self.readonly:
@@ -439,22 +447,26 @@ class LandingLog:
         self._broken = False
 
     def _reopen(self) -> None:
-        """Follow the path if it leads to another file than the open one: the disk was mounted anew."""
-        with contextlib.suppress(FileNotFoundError):
-            there, here = os.stat(self.path), os.fstat(self._file)
-            if (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino) and not _dead(self._file):
-                return
+        """Let go of a file system that takes nothing any more, so that it can be unmounted and mended, and follow the
+        path to the file when it is there again."""
+        if not self._away:
+            with contextlib.suppress(FileNotFoundError):
+                there, here = os.stat(self.path), os.fstat(self._file)
+                if (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino) and not _dead(self._file):
+                    return
+            nothing = os.open(os.devnull, os.O_RDONLY)
+            os.dup2(nothing, self._file, inheritable=False)
+            os.close(nothing)
+            self._away = True
         fresh = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
         try:
             fcntl.flock(fresh, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            same = os.pread(fresh, _FILE.size, 0) == self._header and os.fstat(fresh).st_size >= self._end
-            if not same:
+            if os.pread(fresh, _FILE.size, 0) != self._header or os.fstat(fresh).st_size < self._end:
                 raise OSError(errno.ESTALE, "it is not the file that was being written")
-        except BaseException:
+            os.dup2(fresh, self._file, inheritable=False)
+        finally:
             os.close(fresh)
-            raise
-        os.dup2(fresh, self._file, inheritable=False)
-        os.close(fresh)
+        self._away = False
 
     def close(self) -> None:
         """Write the end mark and close the file. Closing twice is harmless."""
@@ -501,6 +513,8 @@ class LandingLog:
             }
 
     def _load(self, offset: int) -> Encoded:
+        if self._away:
+            raise StorageError(f"{self.path} cannot be read until its disk is mounted and writable again.")
         head = self._head(offset, self._end)
         if head is not None:
             _, fields, begin, length, wanted = head
