@@ -133,14 +133,14 @@ class Run:
             self._compare(truth, reference)
         self.summary = self._summarise(mean, sigma, truth, reference)
         with self.watch("seal"):
-            self._seal()
+            self.site.patience(self._seal)
         maps = self._maps(mean, sigma, truth, reference)
         arrays: dict[str, Any] = {k: v for k, v in maps.items() if isinstance(v, np.ndarray)}
-        self._keep(arrays)
+        self.site.patience(lambda: self._keep(arrays))
         self.summary["seconds"] = round(time.monotonic() - self._started, 3)
         self.summary["seconds_per_stage"] = {k: round(v, 3) for k, v in self.watch.seconds.items()}
         self.summary["peak_memory_MB"] = round(peak_memory_MB(self.site.host_pid))
-        write_json(self.directory / "summary.json", self.summary)
+        self.site.patience(lambda: write_json(self.directory / "summary.json", self.summary))
         self.report = report.write_report(self.directory, self.summary, maps)
 
     def _keep(self, arrays: dict[str, Any]) -> None:
