@@ -20,7 +20,6 @@ from stemloop.core.protocols import Encoded
 from stemloop.core.spans import Span
 from stemloop.store import files, pipelines, sealing
 from stemloop.store.sealed import Sealed
-from stemloop.stream import codec
 from stemloop.stream.landing import LandingLog
 
 
@@ -29,6 +28,8 @@ def decode(block: Encoded) -> NDArray[Any]:
     dtype = np.dtype(block.dtype)
     if block.codec in pipelines.KNOWN:
         return pipelines.unpack(block.payload, (block.n, *block.shape), dtype, block.codec)
+    from stemloop.stream import codec  # compiled kernels: loaded only where a block needs them
+
     found = codec.decode(block.payload)
     if (found.frames, *found.shape) != (block.n, *block.shape):
         raise IntegrityError(
