@@ -126,7 +126,9 @@ def _side(plan: _Plan, scan: tuple[int, int] | None) -> tuple[int, str]:
     (codec, n), _ = plan.sizes.most_common(1)[0]
     frame = plan.dtype.itemsize * math.prod(plan.shape)
     if codec not in pipelines.KNOWN or codec == pipelines.RAW:
-        codec, n = SHUFFLE_DEFLATE, max(1, _CHUNK_BYTES // max(1, frame))
+        codec = SHUFFLE_DEFLATE
+        if not _CHUNK_BYTES // 4 <= n * frame <= _CHUNK_BYTES * 4:
+            n = max(1, _CHUNK_BYTES // max(1, frame))
     n = min(n, len(plan.stored))
     if scan is not None and n % scan[1] and scan[1] % n:
         n = max(k for k in range(1, min(n, scan[1]) + 1) if scan[1] % k == 0)
@@ -337,11 +339,14 @@ class _Dense(_Book):
 
     def take(self, block: Encoded, fresh: list[Span], frames: Decoder) -> None:
         row = int(self.rows(block.first)) if fresh[0][0] == block.first else -1
-        whole = fresh == [(block.first, block.first + block.n)]
-        if whole and block.codec == self.codec and block.n == self.side and row % self.side == 0:
+        whole = fresh == [(block.first, block.first + block.n)] and block.n == self.side and row % self.side == 0
+        if whole and block.codec == self.codec:
             self._put(row // self.side, block.payload)
             return
         unpacked = frames(block)
+        if whole:
+            self._put(row // self.side, pipelines.pack(unpacked, self.side, self.codec))
+            return
         for first, stop in fresh:
             self._fill(int(self.rows(first)), unpacked[first - block.first : stop - block.first])
 
