@@ -117,14 +117,17 @@ def test_the_smallest_codec_is_chosen(mean):
     block = DenseBlock(frames)
     names = CODECS if mean < 0.5 else [name for name in CODECS if name.startswith("bit")]
     sizes = {name: len(codec.encode(block, name)) for name in names}
-    assert len(codec.encode(block)) <= 1.01 * min(sizes.values())
+    assert len(codec.encode(block)) <= 1.05 * min(sizes.values())
     assert np.array_equal(codec.decode(codec.encode(block)).dense(), frames)
 
 
 def test_as_occupancy_rises_other_codecs_take_over():
     rng = np.random.default_rng(4)
-    chosen = [codec.choose(DenseBlock(rng.poisson(mean, (256, 32, 32)).astype(np.uint16))) for mean in (0.01, 0.8, 300)]
-    assert chosen[0] == "intensity" and chosen[1] != "intensity" and chosen[2].startswith("bitshuffle")
+    disc = (np.hypot(*(np.indices((64, 64)) - 31.5)) < 16) + 0.01
+    chosen = [
+        codec.choose(DenseBlock(rng.poisson(rate * disc, (256, 64, 64)).astype(np.uint16))) for rate in (0.1, 3, 300)
+    ]
+    assert chosen[0] == "intensity" and all(name.startswith("bit") for name in chosen[1:])
 
 
 def test_what_is_wrong_is_said():
@@ -166,11 +169,12 @@ def test_the_entropy_coder_comes_close_to_the_poisson_entropy(electrons, pattern
     model = entropy.fit(events.total(), events.frames)
     words, _ = entropy.encode(events, model, entropy.run_frames(events))
     measured = 32 * len(words) / len(events.index)
-    # 2 %: the ticks are whole numbers (0.5 %), as is the table (0.1 %), repeats are coded to first order in the rate;
+    # 3 %: second and third electrons of a pixel are coded to first order in its rate (2.7 % at a rate of 0.5, 0.5 %
+    # below 0.1), the ticks are whole numbers (0.5 %), as is the table (0.1 %);
     # 4e5 electrons leave the measured entropy uncertain by 0.3 %. The model is not counted here, below it is.
-    assert 0.99 < measured / poisson_bits(rates, electrons) < 1.02
+    assert 0.99 < measured / poisson_bits(rates, electrons) < 1.03
     whole = 8 * len(codec.encode(events, "intensity")) / len(events.index)
-    assert whole < 1.05 * poisson_bits(rates, electrons) + 8 * 4096 / len(events.index)
+    assert whole < 1.03 * poisson_bits(rates, electrons) + 8 * 4096 / len(events.index)
 
 
 def test_the_static_table_is_a_unit_exponential():

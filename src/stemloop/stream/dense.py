@@ -67,18 +67,15 @@ class DenseBlock:
         as whole numbers in one pass, others in float64."""
         masks = m.checked(masks, self.shape)
         out = np.empty((self.frames, len(masks)))
-        ramps = m.ramps(self.shape)
-        ramp = [next((i for i in range(3) if np.array_equal(mask, ramps[i])), -1) for mask in masks]
+        ramp = m.ramp_numbers(masks)
         binary = [k for k, mask in enumerate(masks) if ramp[k] < 0 and np.all((mask == 0) | (mask == 1))]
         general = [k for k in range(len(masks)) if ramp[k] < 0 and k not in binary]
         wanted = [(k, i) for k, i in enumerate(ramp) if i >= 0]
         if wanted or binary:
-            first = masks[binary[0]] if binary else np.zeros(self.shape)
-            sums = self._fused(first)
+            sums = self._fused(masks[binary])
             for k, i in wanted:
                 out[:, k] = sums[:, i]
-            for place, k in enumerate(binary):
-                out[:, k] = sums[:, 3] if place == 0 else self._fused(masks[k])[:, 3]
+            out[:, binary] = sums[:, 3:]
         if general:
             matrix = masks[general].reshape(len(general), -1).T.astype(np.float64)
             step = max(1, _CHUNK // (8 * len(matrix)))
@@ -89,7 +86,7 @@ class DenseBlock:
         return out
 
     def moments(self) -> NDArray[np.float64]:
-        return self._fused(np.zeros(self.shape))[:, :3]
+        return self._fused(np.zeros((0, *self.shape)))
 
     def total(self) -> NDArray[np.uint64]:
         out = np.zeros(self.shape, np.uint64)
@@ -105,55 +102,53 @@ class DenseBlock:
         )
         return out[:, :count].astype(np.float64)
 
-    def _fused(self, mask: NDArray[Any]) -> NDArray[np.float64]:
-        """(frames, 4): sum, sum of row x counts, sum of column x counts, sum under ``mask`` of zeros and ones."""
+    def _fused(self, masks: NDArray[Any]) -> NDArray[np.float64]:
+        """(frames, 3 + k): sum, sum of row x counts, sum of column x counts, sums under ``masks`` (k, ...) of 0 and 1."""
         dtype = self._frames.dtype
         rows, columns = self.shape
-        fits = rows * (rows + 1) // 2 * np.iinfo(dtype).max < 2**32
-        sums = np.zeros((3, columns), np.uint32 if fits else np.uint64)
-        select = np.where(mask != 0, np.iinfo(dtype).max, 0).astype(dtype)
-        out = np.empty((self.frames, 4))
-        _sum_moments_mask(self._frames, select, sums[0], sums[1], sums[2], out)
+        fits = rows * max(rows + 1, 2 * columns) // 2 * np.iinfo(dtype).max < 2**32
+        sums = np.zeros((2, columns), np.uint32 if fits else np.uint64)
+        select = np.where(masks != 0, np.iinfo(dtype).max, 0).astype(dtype).reshape(len(masks), rows * columns)
+        out = np.empty((self.frames, 3 + len(masks)))
+        flat = self._frames.reshape(self.frames, rows * columns)
+        _moments_and_masks(self._frames, flat, select, sums[0], sums[1], sums.dtype.type(0), out)
         return out
 
 
 @numba.njit(cache=True, nogil=True, boundscheck=False)
-def _sum_moments_mask(frames, select, s, t, a, out):  # type: ignore[no-untyped-def]
+def _moments_and_masks(frames, flat, select, s, t, zero, out):  # type: ignore[no-untyped-def]
     number, rows, columns = frames.shape
     fours = rows - rows % 4
     for f in range(number):
         s[:] = 0
         t[:] = 0
-        a[:] = 0
         for r in range(0, fours, 4):
             for c in range(columns):
-                v0, v1, v2, v3 = frames[f, r, c], frames[f, r + 1, c], frames[f, r + 2, c], frames[f, r + 3, c]
-                w0, w1, w2, w3 = select[r, c] & v0, select[r + 1, c] & v1, select[r + 2, c] & v2, select[r + 3, c] & v3
-                s0 = s[c] + v0
-                s1 = s0 + v1
-                s2 = s1 + v2
-                s3 = s2 + v3
+                s0 = s[c] + frames[f, r, c]
+                s1 = s0 + frames[f, r + 1, c]
+                s2 = s1 + frames[f, r + 2, c]
+                s3 = s2 + frames[f, r + 3, c]
                 s[c] = s3
                 t[c] += s0 + s1 + s2 + s3
-                a[c] += w0 + w1 + w2 + w3
         for r in range(fours, rows):
             for c in range(columns):
                 s[c] += frames[f, r, c]
                 t[c] += s[c]
-                a[c] += frames[f, r, c] & select[r, c]
         whole = np.uint64(0)
         below = np.uint64(0)
         across = np.uint64(0)
-        under = np.uint64(0)
         for c in range(columns):
             whole += np.uint64(s[c])
             below += np.uint64(t[c])
             across += np.uint64(s[c]) * np.uint64(c)
-            under += np.uint64(a[c])
         out[f, 0] = whole
         out[f, 1] = whole * np.uint64(rows) - below
         out[f, 2] = across
-        out[f, 3] = under
+        for k in range(len(select)):  # the frame is in the cache now
+            under = zero
+            for p in range(flat.shape[1]):
+                under += flat[f, p] & select[k, p]
+            out[f, 3 + k] = under
 
 
 @numba.njit(cache=True, nogil=True, boundscheck=False)

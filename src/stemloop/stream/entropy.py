@@ -8,8 +8,8 @@ coded by range asymmetric numeral systems (J. Duda, arXiv:1311.2540) with a stat
 
 Which of its pixel's ticks an electron takes does not matter; the encoder lets the numeral system choose it by
 *decoding* a uniform number from what was written so far, and the decoder writes that number back ("bits back"), so a
-bright pixel's many ticks cost nothing. All numbers of ticks divide the lower bound of the coder's state; then both sides
-know from the state alone when a word was moved.
+bright pixel's many ticks cost nothing. All numbers of ticks divide the lower bound of the coder's state; then both
+sides know from the state alone when a word was moved.
 
 After an electron in a pixel of t ticks the next gap is counted from about the pixel's middle; so a second electron
 of the same pixel has the Poisson chance of half the pixel's expected count.
@@ -21,7 +21,6 @@ its run.
 from __future__ import annotations
 
 import math
-
 from typing import Any, NamedTuple
 
 import numba
@@ -40,9 +39,10 @@ ESCAPE = 80
 MOST_LOW_BITS = 11
 #: The state lies in [BOUND, BOUND 2^32); BOUND is a multiple of 2^(TABLE_BITS + MOST_LOW_BITS).
 BOUND = 315 << 23
-#: Ticks that a pixel may have: the divisors of BOUND up to 2^15.
+_ODD = (1, 3, 5, 7, 9, 15, 21, 35, 45, 63, 105, 315)
+#: Ticks that a pixel may have: the divisors of BOUND up to 2^15 whose larger half is a divisor too.
 TICKS = np.array(
-    sorted(odd << a for odd in (1, 3, 5, 7, 9, 15, 21, 35, 45, 63, 105, 315) for a in range(16) if odd << a <= 2**15)
+    [t for t in sorted(odd << a for odd in _ODD for a in range(16)) if t <= 2**15 and BOUND % (t - t // 2) == 0]
 )
 #: Events that a run should hold.
 RUN_EVENTS = 16384
@@ -59,8 +59,8 @@ def static_table() -> NDArray[np.int64]:
 
 
 class Model(NamedTuple):
-    """What both sides know of a pattern: ``grade`` (pixels,) of uint8, the place of each pixel's ticks in TICKS, and the
-    raw bits below a symbol (the mean gap is MEAN 2^low_bits ticks)."""
+    """What both sides know of a pattern: ``grade`` (pixels,) of uint8, the place of each pixel's ticks in TICKS, and
+    the raw bits below a symbol (the mean gap is MEAN 2^low_bits ticks)."""
 
     grade: NDArray[np.uint8]
     low_bits: int
@@ -88,8 +88,7 @@ def fit(total: NDArray[Any], frames: int) -> Model:
 
 
 class Tables(NamedTuple):
-    """A model ready for the kernels: ``pixel`` (whole,) of each tick; ``info`` (pixels,) is first tick | ticks << 32 |
-    ticks from the pixel's middle on << 48."""
+    """A model ready for the kernels: ``pixel`` (whole,) of each tick; ``info`` (pixels,) first tick | ticks << 32."""
 
     info: NDArray[np.uint64]
     pixel: NDArray[Any]
@@ -102,17 +101,15 @@ def tables(model: Model) -> Tables:
     if model.low_bits > MOST_LOW_BITS or len(model.grade) == 0 or int(model.grade.max()) >= len(TICKS):
         raise IntegrityError("the model of an entropy-coded block is damaged; ask its sender for the block again.")
     ticks = TICKS[model.grade]
-    half = TICKS[np.searchsorted(TICKS, (ticks + 1) // 2, side="right") - 1]
     first = np.concatenate([[0], np.cumsum(ticks)]) + 1  # tick 0 is no pixel's: there the frame begins
-    pixel = np.repeat(np.arange(len(ticks), dtype=index_dtype(len(ticks))), ticks + (np.arange(len(ticks)) == 0))
-    info = first[:-1].astype(np.uint64)
-    info |= ticks.astype(np.uint64) << np.uint64(32)
-    info |= half.astype(np.uint64) << np.uint64(48)
+    number = np.arange(len(ticks))
+    pixel = np.repeat(number.astype(index_dtype(len(ticks))), ticks + (number == 0))
+    info = first[:-1].astype(np.uint64) | ticks.astype(np.uint64) << np.uint64(32)
     return Tables(info, pixel, int(first[-1]), model.low_bits)
 
 
 def _slots() -> tuple[NDArray[np.uint32], NDArray[np.uint64], NDArray[np.uint64]]:
-    """For each slot symbol | slots of the symbol << 8 | number among them << 16 (all below 256); slots and first slot."""
+    """For each slot symbol | slots of the symbol << 8 | number among them << 16; for each symbol slots, first slot."""
     number = static_table()
     start = np.concatenate([[0], np.cumsum(number)[:-1]])
     symbol = np.repeat(np.arange(len(number)), number)
@@ -212,7 +209,7 @@ def _put(run, i, indptr, index, info, whole, low_bits, low_mask, top, number, st
     """Encode electron ``i`` of a run (state, place in scratch, frame of the electron, its info, first frame, first)."""
     u = np.uint64
     x, o, frame, here, first_frame, begin = run
-    ticks = (here >> u(32)) & u(0xFFFF)
+    ticks = here >> u(32)
     first = here & u(0xFFFFFFFF)
     other = here
     base = first
@@ -224,15 +221,13 @@ def _put(run, i, indptr, index, info, whole, low_bits, low_mask, top, number, st
             while u(indptr[frame]) > i - u(1):
                 frame -= u(1)
             other = info[index[i - u(1)]]
-            base += (
-                (later - frame) * whole - (other & u(0xFFFFFFFF)) - ((other >> u(32)) & u(0xFFFF)) + (other >> u(48))
-            )
+            base += (later - frame) * whole - (other & u(0xFFFFFFFF)) - (other >> u(33))
     else:
         other = info[index[i - u(1)]]
-        base = first - (other & u(0xFFFFFFFF)) - ((other >> u(32)) & u(0xFFFF)) + (other >> u(48))
+        base = first - (other & u(0xFFFFFFFF)) - (other >> u(33))
         if other == here:  # counted from this very pixel's middle
             base = u(0)
-            ticks = here >> u(48)
+            ticks -= ticks >> u(1)
     rest = x // ticks
     far = base + (x - rest * ticks)
     high = far >> low_bits
@@ -258,12 +253,16 @@ def _open(run, indptr, index, per_run, info, place):  # type: ignore[no-untyped-
     return (u(BOUND), u(place[run + 1]), frame, here, first, begin), end
 
 
-@numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
-def _close(run, number, place, scratch, used):  # type: ignore[no-untyped-def]
+@numba.njit(cache=True, nogil=True, boundscheck=False)
+def _finish(run, i, r, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch, place, used):  # type: ignore[no-untyped-def]
+    """Encode what is left of a run and write its state."""
+    while i > run[5]:
+        i -= np.uint64(1)
+        run = _put(run, i, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch)
     o = run[1] - np.uint64(2)
     scratch[o] = np.uint32(run[0] & np.uint64(0xFFFFFFFF))
     scratch[o + np.uint64(1)] = np.uint32(run[0] >> np.uint64(32))
-    used[number] = place[number + 1] - np.int64(o)
+    used[r] = place[r + 1] - np.int64(o)
 
 
 @numba.njit(cache=True, nogil=True, boundscheck=False)
@@ -274,24 +273,28 @@ def _encode_runs(indptr, index, per_run, info, whole_, low_bits_, number, start,
     low_mask = (u(1) << low_bits) - u(1)
     top = (u(BOUND) >> (u(TABLE_BITS) + low_bits)) << u(32)  # a symbol of n slots wants the state below n x top
     runs = len(used)
-    for r in range(0, runs, 2):  # two at a time: neither waits for the other one's divisions
-        q = min(r + 1, runs - 1)
+    fours = runs - runs % 4
+    for r in range(0, fours, 4):  # four at a time: none waits for another one's divisions
         a, i = _open(r, indptr, index, per_run, info, place)
-        b, j = _open(q, indptr, index, per_run, info, place)
-        if q > r:
-            for _ in range(min(i - a[5], j - b[5])):
-                i -= u(1)
-                j -= u(1)
-                a = _put(a, i, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch)
-                b = _put(b, j, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch)
-            while j > b[5]:
-                j -= u(1)
-                b = _put(b, j, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch)
-            _close(b, q, place, scratch, used)
-        while i > a[5]:
+        b, j = _open(r + 1, indptr, index, per_run, info, place)
+        c, k = _open(r + 2, indptr, index, per_run, info, place)
+        d, m = _open(r + 3, indptr, index, per_run, info, place)
+        for _ in range(min(i - a[5], j - b[5], k - c[5], m - d[5])):
             i -= u(1)
+            j -= u(1)
+            k -= u(1)
+            m -= u(1)
             a = _put(a, i, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch)
-        _close(a, r, place, scratch, used)
+            b = _put(b, j, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch)
+            c = _put(c, k, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch)
+            d = _put(d, m, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch)
+        _finish(a, i, r, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch, place, used)
+        _finish(b, j, r + 1, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch, place, used)
+        _finish(c, k, r + 2, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch, place, used)
+        _finish(d, m, r + 3, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch, place, used)
+    for r in range(fours, runs):
+        a, i = _open(r, indptr, index, per_run, info, place)
+        _finish(a, i, r, indptr, index, info, whole, low_bits, low_mask, top, number, start, scratch, place, used)
 
 
 @numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
@@ -325,13 +328,12 @@ def _get(run, place, words, info, pixel, whole, low_bits, low_mask, slots, indpt
     at = pixel[tick]
     index[place] = at
     here = info[at]
-    ticks = (here >> u(32)) & u(0xFFFF)
+    base = here >> u(32)
     first = here & u(0xFFFFFFFF)
-    half = here >> u(48)
-    middle = first + ticks - half
-    same = since >= first  # counted from this very pixel's middle
-    base = half if same else ticks
-    inside = tick - (middle if same else first)
+    middle = first + (base >> u(1))
+    skipped = (base >> u(1)) if since >= first else u(0)  # counted from this very pixel's middle
+    base -= skipped
+    inside = tick - first - skipped
     x *= base
     need = u(x < u(BOUND))
     x = (x << (need << u(5))) + (u(words[word]) & (u(0) - need)) * base + inside
@@ -370,7 +372,7 @@ def _decode_runs(words, ends, place, edges, info, pixel, whole_, low_bits_, slot
         c = _start(r + 2, words, ends, place, edges, indptr)
         d = _start(r + 3, words, ends, place, edges, indptr)
         i, j, k, m, n = u(place[r]), u(place[r + 1]), u(place[r + 2]), u(place[r + 3]), u(place[r + 4])
-        for _ in range(min(min(j - i, k - j), min(m - k, n - m))):
+        for _ in range(min(j - i, k - j, m - k, n - m)):
             a = _get(a, i, words, info, pixel, whole, low_bits, low_mask, slots, indptr, index)
             b = _get(b, j, words, info, pixel, whole, low_bits, low_mask, slots, indptr, index)
             c = _get(c, k, words, info, pixel, whole, low_bits, low_mask, slots, indptr, index)

@@ -163,8 +163,8 @@ class EventBlock:
         indptr = np.concatenate([[0], np.cumsum(self.electrons())])
         if indptr[-1] > max(_MOST_SINGLE, 64 * len(self.index)):
             raise InputError(
-                f"{indptr[-1]} electrons in {len(self.index)} pixels are too many to list one by one; keep them as counts "
-                "(codec 'events') or as dense frames."
+                f"{indptr[-1]} electrons in {len(self.index)} pixels are too many to list one by one; keep them as "
+                "counts (codec 'events') or as dense frames."
             )
         return EventBlock(indptr, np.repeat(self.index, self.counts.astype(np.int64)), self.shape, trusted=True)
 
@@ -187,21 +187,43 @@ class EventBlock:
         """(frames, k): sums under ``masks``, several masks of whole numbers with one look-up an electron."""
         masks = m.checked(masks, self.shape)
         electrons = self.electrons()
-        out = np.zeros((self.frames, len(masks)))
-        packs = m.pack(masks, int(electrons.max(initial=0)))
+        most = int(electrons.max(initial=0))
+        rows, columns = self.shape
+        ramp = m.ramp_numbers(masks)
+        if (
+            self.counts is not None
+            or max(ramp, default=0) < 1
+            or columns & (columns - 1)
+            or most * rows * columns >= 2**32
+        ):
+            return self._dot(masks, electrons, most).T
+        sums = np.empty((3, self.frames))  # row and column are bits of the pixel's number
+        sums[0] = electrons
+        low, bits = self.index.dtype.type(columns - 1), columns.bit_length() - 1
+        _rows_and_columns(self.indptr, self.index, low, bits, sums[1], sums[2])
+        if ramp == [0, 1, 2]:
+            return sums.T
+        others = iter(self._dot(masks[np.array(ramp) < 0], electrons, most))
+        return np.stack([sums[i] if i >= 0 else next(others) for i in ramp]).T
+
+    def _dot(self, masks: NDArray[Any], electrons: NDArray[np.int64], most: int) -> NDArray[np.float64]:
+        """(k, frames): sums under ``masks``."""
+        packs = m.pack(masks, most)
         if packs is None:
+            out = np.zeros((self.frames, len(masks)))
             table = np.ascontiguousarray(masks.reshape(len(masks), -1).T, np.float64)
             if self.counts is None:
                 _dot(self.indptr, self.index, table, out)
             else:
                 _dot_counted(self.indptr, self.index, self.counts, table, out)
-            return out
+            return out.T
+        out = np.zeros((len(masks), self.frames))
         sums = np.empty(self.frames, np.uint64)
         for packed in packs:
             if self.counts is None:
                 _packed(self.indptr, self.index, packed.table, sums)
             else:
-                _packed_counted(self.indptr, self.index, self.counts, packed.table, sums)
+                _packed_counted(self.indptr, self.index, self.counts, packed.table.astype(np.uint64), sums)
             packed.unpack(sums, electrons, out)
         return out
 
@@ -231,7 +253,8 @@ class EventBlock:
     def _fits_u16(self) -> bool:
         if self.counts is not None:
             return int(self.counts.max(initial=0)) < 2**16
-        return int(np.diff(self.indptr).max(initial=0)) < 2**16 or int(self.counted().counts.max()) < 2**16  # type: ignore[union-attr]
+        few = int(np.diff(self.indptr).max(initial=0)) < 2**16
+        return few or self.counted()._fits_u16()
 
 
 def index_dtype(pixels: int) -> type[np.uint16] | type[np.uint32]:
@@ -346,6 +369,19 @@ def _spread_counted(indptr, index, counts, flat):  # type: ignore[no-untyped-def
 
 
 @numba.njit(cache=True, nogil=True, boundscheck=False)
+def _rows_and_columns(indptr, index, low, bits, rows, columns):  # type: ignore[no-untyped-def]
+    for f in range(len(indptr) - 1):
+        part = index[indptr[f] : indptr[f + 1]]
+        whole = np.uint32(0)
+        right = np.uint32(0)
+        for i in range(len(part)):
+            whole += np.uint32(part[i])
+            right += np.uint32(part[i] & low)
+        rows[f] = (whole - right) >> bits
+        columns[f] = right
+
+
+@numba.njit(cache=True, nogil=True, boundscheck=False)
 def _packed(indptr, index, table, sums):  # type: ignore[no-untyped-def]
     one, two, three, four = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(4)  # unsigned: no look for i < 0
     for f in range(len(indptr) - 1):
@@ -356,13 +392,13 @@ def _packed(indptr, index, table, sums):  # type: ignore[no-untyped-def]
         c = np.uint64(0)
         d = np.uint64(0)
         while i < fours:  # four sums, so that no addition waits for the one before
-            a += table[index[i]]
-            b += table[index[i + one]]
-            c += table[index[i + two]]
-            d += table[index[i + three]]
+            a += np.uint64(table[index[i]])
+            b += np.uint64(table[index[i + one]])
+            c += np.uint64(table[index[i + two]])
+            d += np.uint64(table[index[i + three]])
             i += four
         while i < stop:
-            a += table[index[i]]
+            a += np.uint64(table[index[i]])
             i += one
         sums[f] = a + b + c + d
 

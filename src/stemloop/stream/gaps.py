@@ -106,19 +106,20 @@ class GapBlock:
         """(frames, k): sums under ``masks``, from the bytes as they are."""
         masks = m.checked(masks, self.shape)
         most = int(np.diff(self.ends).max(initial=0))  # no frame has more electrons than bytes
-        out = np.zeros((self.frames, len(masks)))
         packs = m.pack(masks, most)
         if packs is None:
+            out = np.zeros((self.frames, len(masks)))
             _dot(self.ends, self.gaps, np.ascontiguousarray(masks.reshape(len(masks), -1).T, np.float64), out)
             return out
+        out = np.zeros((len(masks), self.frames))
         negative = any(lowest for packed in packs for *_, lowest in packed.fields)
         electrons = self.electrons() if negative else np.zeros(self.frames, np.int64)
         sums = np.empty(self.frames, np.uint64)
         for packed in packs:
-            table = np.concatenate([packed.table, np.zeros_like(packed.table)])
+            table = np.append(packed.table.astype(np.uint64), np.uint64(0))
             _packed(self.ends, self.gaps, table, sums)
             packed.unpack(sums, electrons, out)
-        return out
+        return out.T
 
     def moments(self) -> NDArray[np.float64]:
         return self.dot(m.ramps(self.shape))
@@ -202,9 +203,9 @@ def _read(ends, gaps, index):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True, boundscheck=False)
 def _packed(ends, gaps, table, sums):  # type: ignore[no-untyped-def]
-    # the table is followed by as many zeros, where escapes look; so no branch depends on the data
-    one, two, three, four, eight = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(4), np.uint64(8)
-    pixels = np.uint64(len(table) // 2)
+    # the table ends with a zero, where escapes look; so no branch depends on the data
+    one, two, three, four, escape = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(4), np.uint64(ESCAPE)
+    nothing = np.uint64(len(table) - 1)
     for f in range(len(ends) - 1):
         o, stop = np.uint64(ends[f]), np.uint64(ends[f + 1])
         fours = stop - ((stop - o) & three)
@@ -219,15 +220,15 @@ def _packed(ends, gaps, table, sums):  # type: ignore[no-untyped-def]
             p1 = p0 + g1
             p2 = p1 + g2
             at = p1 + (g2 + g3)
-            a += table[p0 + ((g0 + one) >> eight) * pixels]
-            b += table[p1 + ((g1 + one) >> eight) * pixels]
-            a += table[p2 + ((g2 + one) >> eight) * pixels]
-            b += table[at + ((g3 + one) >> eight) * pixels]
+            a += table[nothing if g0 == escape else p0]
+            b += table[nothing if g1 == escape else p1]
+            a += table[nothing if g2 == escape else p2]
+            b += table[nothing if g3 == escape else at]
             o += four
         while o < stop:
             g0 = np.uint64(gaps[o])
             at += g0
-            a += table[at + ((g0 + one) >> eight) * pixels]
+            a += table[nothing if g0 == escape else at]
             o += one
         sums[f] = a + b
 

@@ -33,6 +33,12 @@ def ramps(shape: tuple[int, int]) -> NDArray[np.int64]:
     return np.stack([np.ones(shape, np.int64), rows, columns])
 
 
+def ramp_numbers(masks: NDArray[Any]) -> list[int]:
+    """For each of ``masks`` (k, rows, columns) which of :func:`ramps` it is: 0, 1, 2, or -1 for none of them."""
+    found = ramps((masks.shape[1], masks.shape[2]))
+    return [next((i for i in range(3) if np.array_equal(mask, found[i])), -1) for mask in masks]
+
+
 def rings(shape: tuple[int, int], centre_px: tuple[float, float], edges_px: NDArray[Any]) -> NDArray[np.int32]:
     """(rows, columns): the number i of the ring ``edges_px[i] <= r < edges_px[i + 1]`` that each pixel's middle is in,
     -1 outside, with r the distance [px] from ``centre_px`` (row, column).
@@ -60,22 +66,22 @@ def labelled(labels: NDArray[Any], count: int, shape: tuple[int, int]) -> NDArra
 
 @dataclass(frozen=True)
 class Packed:
-    """Masks in words: ``table`` (pixels,) of uint64 and, for each mask in it, (number, shift, bits, lowest)."""
+    """Masks in words: ``table`` (pixels,) of uint64, or of uint8 where that holds it, and, for each mask in it, (number, shift, bits, lowest)."""
 
-    table: NDArray[np.uint64]
+    table: NDArray[np.uint64] | NDArray[np.uint8]
     fields: tuple[tuple[int, int, int, int], ...]
 
     def unpack(self, sums: NDArray[np.uint64], electrons: NDArray[np.int64], out: NDArray[np.float64]) -> None:
-        """Write the sums of this word's masks (frames,) into their columns of ``out`` (frames, k)."""
+        """Write the sums of this word's masks (frames,) into their rows of ``out`` (k, frames)."""
         for number, shift, bits, lowest in self.fields:
-            part = (sums >> np.uint64(shift)) & np.uint64((1 << bits) - 1)
-            out[:, number] = part.astype(np.float64) if lowest == 0 else part.astype(np.int64) + lowest * electrons
+            part = sums if len(self.fields) == 1 else (sums >> np.uint64(shift)) & np.uint64((1 << bits) - 1)
+            out[number] = part if lowest == 0 else part.astype(np.int64) + lowest * electrons
 
 
 def pack(masks: NDArray[Any], most: int) -> list[Packed] | None:
     """``masks`` (k, rows, columns) as words for frames of at most ``most`` electrons; None where a mask is not of
     whole numbers or one of them needs more than 63 bits."""
-    flat = masks.reshape(len(masks), -1)
+    flat = masks.reshape(len(masks), masks.shape[1] * masks.shape[2])
     if flat.dtype.kind == "f":
         if not (np.all(np.isfinite(flat)) and np.all(flat == np.rint(flat)) and np.all(np.abs(flat) < 2.0**53)):
             return None
@@ -91,10 +97,15 @@ def pack(masks: NDArray[Any], most: int) -> list[Packed] | None:
         if bits > 52:
             return None
         if shift + bits > 64:
-            packs.append(Packed(table, tuple(fields)))
+            packs.append(_packed(table, fields))
             table, fields, shift = np.zeros(whole.shape[1], np.uint64), [], 0
         table |= (mask - lowest).astype(np.uint64) << np.uint64(shift)
         fields.append((number, shift, bits, lowest))
         shift += bits
-    packs.append(Packed(table, tuple(fields)))
+    packs.append(_packed(table, fields))
     return packs
+
+
+def _packed(table: NDArray[np.uint64], fields: list[tuple[int, int, int, int]]) -> Packed:
+    small = bool(table.max() < 256)  # eight times as much of it stays in the fastest cache
+    return Packed(table.astype(np.uint8) if small else table, tuple(fields))
