@@ -120,7 +120,7 @@ def test_low_dose_keeps_precision():
 def test_noise_alone_holds_hardly_a_column():
     rng = np.random.default_rng(7)
     assert len(find_columns(rng.poisson(50.0, (256, 256)))) <= 2
-    assert len(find_columns(rng.poisson(50.0, (256, 256)), pixel_size_m=13e-12)) <= 2
+    assert len(find_columns(rng.poisson(50.0, (256, 256)), pixel_size_nm=0.013)) <= 2
 
 
 def test_a_vacancy_and_a_dopant_are_no_sublattices():
@@ -190,3 +190,43 @@ def test_particle_agrees_with_the_columns_of_another_program():
     distance, _ = cKDTree(columns.position).query(theirs)
     assert np.mean(distance < 3) > 0.85  # of their 140, some of which were set by hand outside the particle
     assert np.median(distance) < 0.6  # px, a thirtieth of the spacing
+
+
+def perovskite(dose, seed, size=384, pixel_pm=15.0):
+    """Counts at ``dose`` [e/A^2], columns (n, 2), which sublattice, and vacancies (m, 2)."""
+    rng = np.random.default_rng(seed)
+    a = 390.5 / pixel_pm
+    cells = int(size / a) - 1
+    grid = a * np.stack(np.meshgrid(np.arange(cells), np.arange(cells), indexing="ij"), -1).reshape(-1, 2)
+    corner = grid + (size - (cells - 1) * a) / 2
+    centre = corner[(grid < (cells - 1.5) * a).all(axis=1)] + a / 2
+    kept = np.ones(len(centre), bool)
+    kept[rng.choice(len(centre), 3, replace=False)] = False
+    points = np.concatenate([corner, centre[kept]])
+    amplitude = np.repeat([1.0, 0.5], [len(corner), kept.sum()])
+    peak = dose * (pixel_pm / 100) ** 2 * 0.08
+    truth = expected(points, amplitude, 43 / pixel_pm, (size, size), peak, background=0.1)
+    return rng.poisson(truth), points, (amplitude < 1).astype(int), centre[~kept]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_noise_hides_columns_the_lattice_finds_them_and_leaves_vacancies_empty(seed):
+    counts, points, _, vacancies = perovskite(1e3, seed)
+    columns = find_columns(counts)
+    recall, precision, _, _ = match(columns, points, 43 / 15, counts.shape)
+    assert recall > 0.97  # peaks of two and one counts; by themselves nine of ten are found
+    assert precision > 0.99
+    assert cKDTree(columns.position).query(vacancies)[0].min() > 5  # px: nothing was put there
+    assert cKDTree(columns.vacant).query(vacancies)[0].max() < 3
+    assert columns.p_present.min() > 0.5
+
+
+def test_the_table_names_what_was_found():
+    counts, _, _, _ = perovskite(1e4, 5, size=256)
+    columns = find_columns(counts)
+    table = columns.table()
+    assert table.dtype.names[:2] == ("row", "col")
+    np.testing.assert_array_equal(table["sigma_col"], columns.sigma[:, 1])
+    assert np.isfinite([table[name] for name in table.dtype.names]).all()
+    peak = 1e4 * 0.15**2 * 0.08
+    assert abs(np.median(table["background"]) - 0.1 * peak) < 0.03 * peak

@@ -218,7 +218,7 @@ class DiffractionRecipe(Recipe):
         with watch("describe"):
             image = np.asarray(frames[0], float)
             pixel_m = height / shape[0]
-            columns = find_columns(image, pixel_m)
+            columns = find_columns(image, 1e9 * pixel_m)
             rotation, _ = orientation(image, self.material)
             columns_m = (columns.position + 0.5) * pixel_m
             self.overview = Overview(image, (height, width), columns, columns_m, rotation)

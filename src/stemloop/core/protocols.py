@@ -234,7 +234,7 @@ class Reader(Protocol):
 class ColumnFinder(Protocol):
     """Finds atom columns in an image (y, x)."""
 
-    def __call__(self, image: NDArray[Any], pixel_size_m: float | None = None) -> Columns: ...
+    def __call__(self, image: NDArray[Any], pixel_size_nm: float | None = None) -> Columns: ...
 
 
 class Describer(Protocol):

@@ -8,7 +8,7 @@ set). A displacement field ``u`` of the reference lattice gives, to first order,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -71,19 +71,43 @@ class Descriptors:
         )
 
 
+def _empty() -> NDArray[np.float64]:
+    return np.zeros(0)
+
+
 @dataclass(frozen=True)
 class Columns:
-    """Atom columns found in an image: ``position`` (n, 2) as (row, col) [px], ``sigma`` (n, 2) [px], ``amplitude``
-    (n,) and ``width`` (n,) [px] of the fitted Gaussians, ``sublattice`` (n,) int (0 is the brightest)."""
+    """Atom columns found in an image.
+
+    position : (n, 2) as (row, col) [px]. sigma : (n, 2) their 1-sigma deviations [px].
+    amplitude : (n,) and width : (n,) [px] of the fitted Gaussians. sublattice : (n,) int (0 is the brightest).
+    background : (n,) intensity under each column; p_present : (n,) probability that a column is there at all.
+    vacant : (m, 2) places [px] where the columns around expect one and none is. These may be left out.
+    """
 
     position: NDArray[np.float64]
     sigma: NDArray[np.float64]
     amplitude: NDArray[np.float64]
     width: NDArray[np.float64]
     sublattice: NDArray[np.int64]
+    background: NDArray[np.float64] = field(default_factory=_empty)
+    p_present: NDArray[np.float64] = field(default_factory=_empty)
+    vacant: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 2)))
 
     def __len__(self) -> int:
         return len(self.position)
+
+    def table(self) -> NDArray[Any]:
+        """(n,) structured array with ``row, col, sigma_row, sigma_col, amplitude, width, background, p_present,
+        sublattice``; ``pandas.DataFrame(columns.table())`` takes it as it is."""
+        numbers = ("row", "col", "sigma_row", "sigma_col", "amplitude", "width", "background", "p_present")
+        table = np.zeros(len(self), dtype=[*((name, np.float64) for name in numbers), ("sublattice", np.int64)])
+        table["row"], table["col"] = self.position.T
+        table["sigma_row"], table["sigma_col"] = self.sigma.T
+        table["sublattice"] = self.sublattice
+        for name in ("amplitude", "width", "background", "p_present"):
+            table[name] = getattr(self, name) if len(getattr(self, name)) else np.nan
+        return table
 
 
 @dataclass(frozen=True)
