@@ -8,6 +8,7 @@ that was torn by a crash is cut off; any other damage is an :class:`~stemloop.co
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -53,6 +54,7 @@ class Journal:
         self.records = self._recover(readonly)
         self._index = {(r["kind"], r["key"]): r for r in self.records}
         self._file = -1
+        self._torn = False
         if readonly:
             return
         try:
@@ -100,15 +102,20 @@ class Journal:
         record = {"kind": kind, "key": key, "at_s": time.time(), **content}
         line = _line(record)
         try:
+            if self._torn:
+                os.ftruncate(self._file, self._size)
+            self._torn = True
             if os.write(self._file, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fdatasync(self._file)
         except OSError as error:
-            os.ftruncate(self._file, self._size)
+            with contextlib.suppress(OSError):  # a read-only disk: done before the next record
+                os.ftruncate(self._file, self._size)
             raise StorageError(
                 f"the journal {self.path} cannot be written: {error.strerror}. All that was acknowledged is kept; "
                 f"make room and continue with: stemloop resume {self.path.parent}"
             ) from None
+        self._torn = False
         self._size += len(line)
         self.records.append(record)
         self._index[kind, key] = record

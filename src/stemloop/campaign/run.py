@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from stemloop import __version__
-from stemloop.campaign import documents, report
+from stemloop.campaign import documents, keeping, report
 from stemloop.campaign.host import KINDS
 from stemloop.campaign.journal import Journal
 from stemloop.campaign.loop import Experiment, Step
@@ -138,15 +138,15 @@ class Run:
             self._compare(truth, reference)
         self.summary = self._summarise(mean, sigma, truth, reference)
         with self.watch("seal"):
-            self._seal()
+            self.site.patience(self._seal)
         maps = self._maps(mean, sigma, truth, reference)
         arrays: dict[str, Any] = {k: v for k, v in maps.items() if isinstance(v, np.ndarray)}
-        self._keep(arrays)
+        self.site.patience(lambda: self._keep(arrays))
         self.summary["seconds"] = round(time.monotonic() - self._started, 3)
         self.summary["seconds_per_stage"] = {k: round(v, 3) for k, v in self.watch.seconds.items()}
         self.summary["peak_memory_MB"] = round(peak_memory_MB(self.site.host_pid))
-        documents.write(self.directory)
-        write_json(self.directory / "summary.json", self.summary)
+        self.site.patience(lambda: documents.write(self.directory))
+        self.site.patience(lambda: write_json(self.directory / "summary.json", self.summary))
         self.report = report.write_report(self.directory, self.summary, maps)
 
     def _keep(self, arrays: dict[str, Any]) -> None:
@@ -235,14 +235,32 @@ class Run:
             if r["kind"] == "exposure" and not r["lost"]
         }
         run = {"id": self.site.run_id, "settings": self.settings.to_dict(), "summary": self.summary}
-        files.seal(
-            self.site.log.batches(),
+        keeping.seal_log(
+            self.site.log.path,
             self.directory / "frames.h5",
             run=run,
             calibrations=calibrations,
             positions=self._positions(),
+            logs=self._logs(),
             overwrite=True,
         )
+
+    def _logs(self) -> dict[str, dict[str, Any]]:
+        """The instrument's state as time series: one value an exposure, at the second of its beginning if that is
+        known, else at its number."""
+        series: dict[str, dict[str, Any]] = {}
+        exposures = [r for r in self.site.journal.records if r["kind"] == "exposure" and not r["lost"]]
+        timed = all(record.get("began_s") for record in exposures)
+        for number, record in enumerate(exposures):
+            for key, value in record["state"].items():
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                    log = series.setdefault(key, {"time": [], "value": []})
+                    log["time"].append(record["began_s"] - exposures[0]["began_s"] if timed else number)
+                    log["value"].append(value)
+        if not timed:
+            for log in series.values():
+                log["description"] = "the times are numbers of exposures"
+        return series
 
     def _positions(self) -> dict[str, np.ndarray]:
         """Of each stream of points: the position (y, x) [m] of every frame, by sequence number."""

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from stemloop import __version__
 from stemloop.campaign.journal import Journal
+from stemloop.campaign.patience import Patience, PatientJournal
 from stemloop.campaign.settings import Settings
 from stemloop.campaign.stopwatch import Stopwatch
 from stemloop.core import instruction as instructions
@@ -103,7 +104,8 @@ class Site:
         self._host: subprocess.Popen[bytes] | None = None
         with contextlib.ExitStack() as opened:  # undone, last first, if the rest cannot be opened
             opened.callback(lock.close)
-            self.journal = Journal(self.directory / "journal.jsonl")
+            self.patience = Patience(self.directory)
+            self.journal: Journal = PatientJournal(self.directory / "journal.jsonl", self.patience)
             opened.callback(self.journal.close)
             self.run_id = self.journal.once("run", "id", _new_run)["id"]
             self.log = LandingLog(self.directory / "frames.log", run=self.run_id)
@@ -267,7 +269,7 @@ class Site:
             return (None if record["lost"] else self._frames(record["calibration"])), record
         try:
             with watch("expose"):
-                exposure = self.scope.execute(instruction, command_id, data="stream")
+                exposure = self.patience(lambda: self.scope.execute(instruction, command_id, data="stream"))
         except OutcomeUnknown:
             charged = self._charged()
             return None, self.journal.append("exposure", command_id, electrons=charged, lost=True)
@@ -283,9 +285,8 @@ class Site:
         return max(0.0, float(self.scope.dose()["spent"]) - known)
 
     def _frames(self, calibration: dict[str, Any]) -> NDArray[Any]:
-        return np.asarray(
-            self.receiver.wait(calibration["stream"], calibration["first"], calibration["count"], timeout_s=60.0)
-        )
+        stream, first, count = calibration["stream"], calibration["first"], calibration["count"]
+        return np.asarray(self.patience(lambda: self.receiver.wait(stream, first, count, timeout_s=60.0)))
 
     @staticmethod
     def _exposed(instruction: Instruction, exposure: Exposure) -> dict[str, Any]:
@@ -294,7 +295,7 @@ class Site:
 
     def command(self, instruction: Instruction, command_id: str) -> None:
         """Carry out an instruction that exposes nothing, once in the life of the instrument."""
-        self.scope.execute(instruction, command_id)
+        self.patience(lambda: self.scope.execute(instruction, command_id))
 
     # ------------------------------------------------------------------------------------------------- closing
 

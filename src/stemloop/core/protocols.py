@@ -143,6 +143,23 @@ class Batch:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """Consecutive frames of one stream as a codec wrote them: what travels and rests without being unpacked.
+
+    ``first`` is the sequence number of the first of ``n`` frames of ``shape`` and ``dtype`` (such as ``<u2``);
+    ``codec`` names what ``payload`` was written with (``raw``: the frames' own bytes, C order)."""
+
+    stream: str
+    first: int
+    n: int
+    shape: tuple[int, ...]
+    dtype: str
+    codec: str
+    payload: bytes
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
 @runtime_checkable
 class Block(Protocol):
     """Consecutive frames of one scan in whatever form they have (dense, events, gap-coded): it answers in that form.
