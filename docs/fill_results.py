@@ -194,7 +194,7 @@ def coverage(found: dict[str, Any]) -> str:
 
 def control(found: dict[str, Any]) -> str:
     rows = [
-        (name.replace("_", " "), t["median_ms"], t["p99_ms"])
+        (name.replace("_", " "), t["median_ms"], t.get("p99_ms", t.get("max_ms")))
         for name, t in found.items()
         if isinstance(t, dict) and "median_ms" in t
     ]

@@ -14,7 +14,7 @@ import pytest
 
 from campaign.recording import titanium_map, write_recording
 from stemloop.campaign.journal import Journal
-from stemloop.instrument.spool import DirectoryLock
+from stemloop.instrument.files import DirectoryLock
 from stemloop.instrument.spool import Journal as SpoolJournal
 
 TARGET = "400"

@@ -2,7 +2,20 @@ import numpy as np
 import pytest
 
 from stemloop.core import errors, instruction
-from stemloop.core.instruction import Blank, Diffraction, Image, Optics, Probe, Report, Spectrum, Stage
+from stemloop.core.instruction import (
+    Blank,
+    Detector,
+    Diffraction,
+    Field,
+    Image,
+    Line,
+    Optics,
+    Probe,
+    Raster,
+    Report,
+    Spectrum,
+    Stage,
+)
 from stemloop.core.record import content_hash
 from stemloop.core.structure import Descriptors
 from stemloop.core.units import electrons, probe_fwhm_m, wavelength_m
@@ -15,6 +28,12 @@ EXAMPLES = [
     Blank(False),
     Optics(semiangle_rad=0.03),
     Stage(alpha_rad=0.1),
+    Image((0.0, 0.0), (1e-8, 2e-8), (16, 32), 2e-6, "BF", 0.1),
+    Diffraction(Raster((0.0, 0.0), (1e-9, 2e-9), (3, 4), 0.2), 1e-3),
+    Spectrum(Line((0.0, 0.0), (0.0, 1e-9), 5), 0.1),
+    Optics(C12_m=(1e-9, -2e-9), C21_m=(0.0, 1e-7), C23_m=(1e-8, 0.0), C30_m=1e-3, energy_eV=8e4),
+    Field((1e-8, 1e-8), 0.3),
+    Detector("camera", binning=(2, 2)),
     Report(),
 ]
 

@@ -1,3 +1,4 @@
+import json
 import logging
 import os
 import subprocess
@@ -38,6 +39,12 @@ class Served:
         return connect(self.directory, TOKENS[role], role, **{"patience_s": 10.0, **options})
 
     @property
+    def url(self):
+        until((self.directory / "address.json").exists)
+        address = json.loads((self.directory / "address.json").read_text())
+        return f"{address['scheme']}://{address['host']}:{address['port']}"
+
+    @property
     def exposures(self):
         return len(self.instrument.lines("expose "))
 
@@ -52,6 +59,9 @@ def served(tmp_path):
     started = []
 
     def start(**options):
+        made = options.pop("make", None)
+        if made:
+            options["instrument"] = made(tmp_path / "exposures.txt")
         started.append(Served(tmp_path, **options))
         return started[-1]
 

@@ -15,7 +15,7 @@ from stemloop.core.protocols import Camera, Exposure, InstrumentInfo
 
 CURRENT_A = 1e-10
 FIELD_M = (1e-8, 2e-8)
-TOKENS = {role: f"{role}-secret-0123456789" for role in ("viewer", "agent", "operator")}
+TOKENS = {role: f"{role}-secret-0123456789" for role in ("viewer", "agent", "operator", "engineer")}
 
 
 class Counting:

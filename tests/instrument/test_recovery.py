@@ -15,8 +15,8 @@ from counting_instrument import CURRENT_A, Counting, ListSink
 from stemloop.core import units
 from stemloop.core.errors import InstrumentError, OutcomeUnknown, StemloopError
 from stemloop.core.instruction import Diffraction, Optics
+from stemloop.instrument.audit import verify_audit
 from stemloop.instrument.client import connect
-from stemloop.instrument.spool import verify_audit
 
 POINT = Diffraction(((1e-9, 1e-9), (2e-9, 2e-9)), 1e-3)
 

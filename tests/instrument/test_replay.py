@@ -3,7 +3,7 @@ import pytest
 
 from stemloop.core import units
 from stemloop.core.errors import InputError, LimitError
-from stemloop.core.instruction import Blank, Diffraction, Image, Optics, Probe, Report, Spectrum
+from stemloop.core.instruction import Blank, Diffraction, Field, Image, Line, Optics, Probe, Raster, Report, Spectrum
 from stemloop.core.protocols import Camera, Instrument
 from stemloop.core.signal import Axis, Signal
 from stemloop.instrument.client import connect
@@ -40,6 +40,32 @@ def test_each_recorded_position_answers_its_own_spectrum():
     assert exposure.electrons == units.electrons(1e-11, 0.01)
     assert replay.state()["exposures"] == 1
     assert positions[0] == pytest.approx((0.25e-9, 0.25e-9))  # the centre of the first pixel
+
+
+def test_a_raster_and_a_line_that_hit_the_recorded_positions_are_answered():
+    signal = spectra()
+    replay = Replay(signal)
+    whole = replay.execute(Spectrum(Raster((0.0, 0.0), replay.info.field_m, (4, 6)), 0.01), "a")
+    assert np.array_equal(whole.frames.reshape(4, 6, 16), signal.data)
+    row = replay.execute(Spectrum(Line((0.75e-9, 0.25e-9), (0.75e-9, 2.75e-9), 6), 0.01), "b")
+    assert np.array_equal(row.frames, signal.data[1])
+    with pytest.raises(LimitError, match="nothing was recorded"):
+        replay.execute(Spectrum(Raster((0.0, 0.0), replay.info.field_m, (4, 5)), 0.01), "c")
+
+
+def test_a_smaller_field_shows_the_middle_of_the_recording_and_is_not_turned():
+    signal, shown = spectra(), image()
+    replay = Replay(signal, image=shown)
+    replay.execute(Field((1e-9, 2e-9)), "f")
+    inner = replay.execute(Spectrum(Raster((0.0, 0.0), (1e-9, 2e-9), (2, 4)), 0.01), "a")
+    assert np.array_equal(inner.frames.reshape(2, 4, 16), signal.data[1:3, 1:5])
+    crop = replay.execute(Image((0.0, 0.0), (1e-9, 2e-9), (4, 8), 1e-6), "b")
+    assert np.array_equal(crop.frames[0], shown.data[2:6, 2:10])
+    for asked in (Field(rotation_rad=0.1), Field((9e-9, 1e-9))):
+        with pytest.raises(LimitError):
+            replay.execute(asked, "g")
+    with pytest.raises(LimitError, match="without a turn"):
+        replay.execute(Image((0.0, 0.0), (1e-9, 2e-9), (4, 8), 1e-6, rotation_rad=0.1), "h")
 
 
 def test_patterns_answer_with_their_camera():

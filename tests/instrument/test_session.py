@@ -11,7 +11,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from stemloop.core.errors import DoseError, InputError, LeaseError, LimitError, NotAuthorised
 from stemloop.core.instruction import Blank, Diffraction, Image, Optics, Probe, Report, Spectrum, Stage
 from stemloop.core.protocols import Camera, InstrumentInfo
-from stemloop.instrument.session import DoseLedger, Identity, LeaseDesk, Limits, Tokens
+from stemloop.instrument.dose import DoseLedger
+from stemloop.instrument.lease import LeaseDesk
+from stemloop.instrument.limits import Limits
+from stemloop.instrument.tokens import Identity, Tokens
 
 INFO = InstrumentInfo(
     "all", ("image", "diffraction", "probe", "blank", "optics", "stage", "report"), FIELD_M, 80e3,
@@ -161,9 +164,10 @@ def test_a_lease_does_not_expire_under_a_running_command():
     now = [0.0]
     desk = LeaseDesk(clock=lambda: now[0])
     lease = desk.acquire(AGENT, 1.0)
-    with desk.busy(lease.lease_id):
-        now[0] = 100.0
-        assert desk.lease is lease
+    begun = desk.begin(lease.lease_id)
+    now[0] = 100.0
+    assert desk.lease is lease
+    desk.finish(begun)
     now[0] = 100.9
     assert desk.lease is lease
     now[0] = 101.1

@@ -6,7 +6,9 @@ import pytest
 from stemloop.core.errors import IntegrityError, StorageError
 from stemloop.core.protocols import Exposure
 from stemloop.instrument import spool as spools
-from stemloop.instrument.spool import Audit, DirectoryLock, Journal, Spool, verify_audit
+from stemloop.instrument.audit import Audit, verify_audit
+from stemloop.instrument.files import DirectoryLock
+from stemloop.instrument.spool import Journal, Spool
 
 ASKED = {"kind": "diffraction", "version": 1, "positions_m": [[0.0, 0.0]], "dwell_s": 1e-3}
 
@@ -100,13 +102,13 @@ def test_records_that_were_not_durable_may_vanish_in_any_order(tmp_path):
 def test_a_full_disk_is_a_storage_error_and_leaves_no_half_record(tmp_path, monkeypatch):
     spool = Spool(tmp_path / "s")
     spool.intent("a", ASKED, 1, 10, "agent")
-    real = spools._write_all
+    real = spools.write_all
 
     def full(descriptor, data):
         real(descriptor, data[:3])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(spools, "_write_all", full)
+    monkeypatch.setattr(spools, "write_all", full)
     with pytest.raises(StorageError, match="No space left"):
         spool.result("a", ASKED, 7, exposure=exposure(0))
     monkeypatch.undo()
@@ -121,7 +123,7 @@ def test_after_a_failed_fdatasync_nothing_more_is_promised(tmp_path, monkeypatch
     def fail(_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(spools, "_sync", fail)
+    monkeypatch.setattr(spools, "sync_data", fail)
     with pytest.raises(StorageError, match="Input/output"):
         spool.intent("a", ASKED, 1, 10, "agent")
     monkeypatch.undo()
@@ -135,7 +137,7 @@ def test_the_audit_log_shows_each_change(tmp_path):
     for number in range(5):
         audit.write(event="execute", number=number)
     audit.close()
-    assert verify_audit(path) == 5
+    assert verify_audit(path).lines == 5
     lines = path.read_bytes().splitlines()
     for changed in (lines[1:], lines[:2] + lines[3:], [lines[0].replace(b'"number": 0', b'"number": 9'), *lines[1:]]):
         (tmp_path / "b").write_bytes(b"\n".join(changed) + b"\n")
@@ -152,7 +154,7 @@ def test_the_audit_log_goes_on_after_a_torn_line(tmp_path):
     audit = Audit(path)
     audit.write(event="z")
     audit.close()
-    assert verify_audit(path) == 2
+    assert verify_audit(path).lines == 2
     assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["x", "z"]
 
 

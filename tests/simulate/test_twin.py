@@ -95,8 +95,8 @@ def test_out_of_range_is_refused_and_changes_nothing():
             twin.execute(asked, "k")
     with pytest.raises(InstrumentError, match="spectrum"):
         twin.execute(Spectrum(((0.0, 0.0),), 1.0), "k")
-    with pytest.raises(InstrumentError, match="HAADF"):
-        twin.execute(Image((0.0, 0.0), (1e-9, 1e-9), (4, 4), 1e-6, detector="BF"), "k")
+    with pytest.raises(LimitError, match="HAADF"):
+        twin.execute(Image((0.0, 0.0), (1e-9, 1e-9), (400, 400), 1e-6, detector="BF"), "k")
     with pytest.raises(InputError, match="state"):
         twin.restore({"clock_s": 1.0})
     assert twin.state() == before == twin.execute(Report(), "k").state

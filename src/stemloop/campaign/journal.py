@@ -1,16 +1,18 @@
 """The journal of a run: what was decided, asked, exposed and found, in order. It is the truth of the run.
 
-One line a record: eight hexadecimal digits (CRC32C of the rest), a space, and a JSON object with at least ``kind`` and
-``key``. A line is on the disk (fdatasync) before :meth:`Journal.append` returns. A run resumes by reading its journal:
-what stands there is not done again. A last line that was torn by a crash is cut off; any other damage is an
-:class:`~stemloop.core.errors.IntegrityError`.
+One line a record: eight hexadecimal digits (CRC32C of the rest), a space, and a JSON object with at least ``kind``,
+``key`` and ``at_s`` (when it was written [s since 1970]). A line is on the disk (fdatasync) before
+:meth:`Journal.append` returns. A run resumes by reading its journal: what stands there is not done again. A last line
+that was torn by a crash is cut off; any other damage is an :class:`~stemloop.core.errors.IntegrityError`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,7 @@ class Journal:
         self.records = self._recover(readonly)
         self._index = {(r["kind"], r["key"]): r for r in self.records}
         self._file = -1
+        self._torn = False
         if readonly:
             return
         try:
@@ -96,18 +99,23 @@ class Journal:
         """Make a new record durable and return it. A full disk is a :class:`StorageError` and leaves no torn line."""
         if self._file < 0:
             raise StorageError(f"the journal {self.path} is not open for writing.")
-        record = {"kind": kind, "key": key, **content}
+        record = {"kind": kind, "key": key, "at_s": time.time(), **content}
         line = _line(record)
         try:
+            if self._torn:
+                os.ftruncate(self._file, self._size)
+            self._torn = True
             if os.write(self._file, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fdatasync(self._file)
         except OSError as error:
-            os.ftruncate(self._file, self._size)
+            with contextlib.suppress(OSError):  # a read-only disk: done before the next record
+                os.ftruncate(self._file, self._size)
             raise StorageError(
                 f"the journal {self.path} cannot be written: {error.strerror}. All that was acknowledged is kept; "
                 f"make room and continue with: stemloop resume {self.path.parent}"
             ) from None
+        self._torn = False
         self._size += len(line)
         self.records.append(record)
         self._index[kind, key] = record

@@ -51,9 +51,10 @@ class Measurements:
         self.value += [float("nan") if v is None else v for v in result["value"]]
         self.sigma += [float("nan") if s is None else s for s in result["sigma"]]
         self.lost += len(index) if result.get("lost") else 0
+        before = len(self.index) - len(index)  # a batch that was lost first has no descriptors to tell their names
         for name in result.get("descriptors") or self.descriptors:
             rows = (result.get("descriptors") or {}).get(name, [None] * len(index))
-            self.descriptors.setdefault(name, []).extend(rows)
+            self.descriptors.setdefault(name, [None] * before).extend(rows)
 
     def usable(self, first: int | None = None) -> dict[str, Any]:
         """What can be believed of the ``first`` points: ``index`` (n,), ``value``, ``sigma`` and ``descriptors``."""

@@ -378,7 +378,8 @@ def column_features(columns: Columns, columns_m: NDArray[np.float64]) -> NDArray
 @RECIPES.register("eels-map")
 @dataclass
 class EelsMap(Recipe):
-    """A map of a background-subtracted core-loss integral over recorded or live spectra."""
+    """A map of one number a spectrum (a core-loss edge above its background, the thickness) over recorded or live
+    spectra. A microscope that can image is asked for an overview first."""
 
     name: ClassVar[str] = "eels-map"
     quantity: ClassVar[str] = "edge integral"
@@ -387,6 +388,8 @@ class EelsMap(Recipe):
     initial: int = 16
     batch: int = 4
     dwell_s: float = 0.1
+    overview_pixels: ClassVar[int] = 256
+    overview_dwell_s: ClassVar[float] = 2e-6
 
     def prepare(self, site: Site, settings: Settings, watch: Stopwatch) -> None:
         info = site.scope.info
@@ -400,6 +403,18 @@ class EelsMap(Recipe):
         self.grid = recorded_grid(info) if info.positions_m is not None else nyquist_grid(info, 20e-3)
         self.candidates_m = self.features = self.grid.positions_m
         self.features_extent = info.field_m
+        if "image" in info.instructions:
+            self._look(site, info, watch)
+
+    def _look(self, site: Site, info: InstrumentInfo, watch: Stopwatch) -> None:
+        """A quick image of the field, for the report."""
+        pixel_m = max(info.field_m) / self.overview_pixels
+        shape = max(1, round(info.field_m[0] / pixel_m)), max(1, round(info.field_m[1] / pixel_m))
+        frames, _ = site.expose(Image((0.0, 0.0), info.field_m, shape, self.overview_dwell_s), "overview", watch)
+        if frames is not None:
+            nothing = np.empty((0, 2))
+            columns = Columns(nothing, nothing, np.empty(0), np.empty(0), np.empty(0, np.int64))
+            self.overview = Overview(np.asarray(frames[0], float), info.field_m, columns, nothing, 0.0)
 
     def instruction(self, positions_m: NDArray[np.float64]) -> Instruction:
         return Spectrum(_points(positions_m), self.dwell_s)

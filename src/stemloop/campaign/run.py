@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from stemloop import __version__
-from stemloop.campaign import report
+from stemloop.campaign import documents, keeping, report
+from stemloop.campaign.host import KINDS
 from stemloop.campaign.journal import Journal
 from stemloop.campaign.loop import Experiment, Step
 from stemloop.campaign.memory import peak_memory_MB
@@ -21,6 +23,7 @@ from stemloop.campaign.score import TruthFile, score
 from stemloop.campaign.settings import Settings
 from stemloop.campaign.site import Site, write_json
 from stemloop.campaign.stopwatch import Stopwatch
+from stemloop.core import instruction as instructions
 from stemloop.core.errors import InputError, IntegrityError, StorageError, UnreadableFile
 from stemloop.core.record import content_hash
 from stemloop.decide.acquire import ACQUISITIONS
@@ -49,13 +52,15 @@ def default_folder(settings: Settings) -> Path:
 def _check(settings: Settings) -> None:
     """Raise InputError for a name that nothing is registered under, before anything is made or started."""
     RECIPES[settings.recipe]
-    kind, colon, path = settings.instrument.partition(":")
-    if kind == "twin" and not colon:
+    kind, _, path = settings.instrument.partition(":")
+    if settings.instrument in ("twin", "nion:twin"):
         from stemloop.simulate.specimens import SPECIMENS
 
         SPECIMENS[str(settings.specimen)]
-    elif kind != "replay" or not path:
-        raise InputError(f"unknown instrument {settings.instrument!r}; known: twin, replay:FILE.")
+    elif settings.instrument != "nion:usim" and (kind != "replay" or not path):
+        raise InputError(f"unknown instrument {settings.instrument!r}; known: {KINDS}.")
+    if kind == "nion":
+        importlib.import_module("stemloop.instrument.nion")  # says so in a line if the extra is missing
     if settings.acquisition is not None:
         ACQUISITIONS[settings.acquisition]
     if settings.calculator is not None:
@@ -133,14 +138,15 @@ class Run:
             self._compare(truth, reference)
         self.summary = self._summarise(mean, sigma, truth, reference)
         with self.watch("seal"):
-            self._seal()
+            self.site.patience(self._seal)
         maps = self._maps(mean, sigma, truth, reference)
         arrays: dict[str, Any] = {k: v for k, v in maps.items() if isinstance(v, np.ndarray)}
-        self._keep(arrays)
+        self.site.patience(lambda: self._keep(arrays))
         self.summary["seconds"] = round(time.monotonic() - self._started, 3)
         self.summary["seconds_per_stage"] = {k: round(v, 3) for k, v in self.watch.seconds.items()}
         self.summary["peak_memory_MB"] = round(peak_memory_MB(self.site.host_pid))
-        write_json(self.directory / "summary.json", self.summary)
+        self.site.patience(lambda: documents.write(self.directory))
+        self.site.patience(lambda: write_json(self.directory / "summary.json", self.summary))
         self.report = report.write_report(self.directory, self.summary, maps)
 
     def _keep(self, arrays: dict[str, Any]) -> None:
@@ -229,14 +235,32 @@ class Run:
             if r["kind"] == "exposure" and not r["lost"]
         }
         run = {"id": self.site.run_id, "settings": self.settings.to_dict(), "summary": self.summary}
-        files.seal(
-            self.site.log.batches(),
+        keeping.seal_log(
+            self.site.log.path,
             self.directory / "frames.h5",
             run=run,
             calibrations=calibrations,
             positions=self._positions(),
+            logs=self._logs(),
             overwrite=True,
         )
+
+    def _logs(self) -> dict[str, dict[str, Any]]:
+        """The instrument's state as time series: one value an exposure, at the second of its beginning if that is
+        known, else at its number."""
+        series: dict[str, dict[str, Any]] = {}
+        exposures = [r for r in self.site.journal.records if r["kind"] == "exposure" and not r["lost"]]
+        timed = all(record.get("began_s") for record in exposures)
+        for number, record in enumerate(exposures):
+            for key, value in record["state"].items():
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                    log = series.setdefault(key, {"time": [], "value": []})
+                    log["time"].append(record["began_s"] - exposures[0]["began_s"] if timed else number)
+                    log["value"].append(value)
+        if not timed:
+            for log in series.values():
+                log["description"] = "the times are numbers of exposures"
+        return series
 
     def _positions(self) -> dict[str, np.ndarray]:
         """Of each stream of points: the position (y, x) [m] of every frame, by sequence number."""
@@ -245,7 +269,8 @@ class Run:
             if record["kind"] == "exposure" and not record["lost"]:
                 asked = self.site.journal.find("command", record["key"]) or {}
                 where = record["calibration"]
-                for k, position in enumerate(asked["instruction"].get("positions_m", [])):
+                instruction = instructions.from_dict(asked["instruction"])
+                for k, position in enumerate(getattr(instruction, "positions_m", ())):
                     placed.setdefault(where["stream"], {})[where["first"] + k] = position
         filled = {}
         for stream, known in placed.items():
@@ -278,6 +303,7 @@ class Run:
         if recipe.overview is not None:
             maps["overview"] = recipe.overview.image
             maps["overview_extent_m"] = recipe.overview.extent_m
-            maps["columns_m"] = recipe.overview.columns_m
-            maps["columns_sublattice"] = recipe.overview.columns.sublattice
+            if len(recipe.overview.columns):
+                maps["columns_m"] = recipe.overview.columns_m
+                maps["columns_sublattice"] = recipe.overview.columns.sublattice
         return maps

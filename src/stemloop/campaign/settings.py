@@ -16,12 +16,13 @@ from stemloop.core.errors import InputError
 class Settings:
     """One run.
 
-    recipe : name of the recipe. instrument : ``twin`` or ``replay:FILE``. specimen : of the twin. seed : of the twin
-    and of every random choice. target_sigma : wanted largest deviation of the property over the field, in the unit of
-    the recipe (None: the recipe's own). max_points, max_electrons, max_seconds : budgets (None: no limit; a run always
-    ends when every position of the map has been exposed). acquisition : how the next positions are chosen.
-    calculator : of the energies (None: the material's own). scalarizer : of spectra (None: the recipe's own).
-    initial, batch : numbers of points of the first design and of each later step (None: the recipe's own).
+    recipe : name of the recipe. instrument : ``twin``, ``nion:twin``, ``nion:usim`` or ``replay:FILE``. specimen : of
+    the twin. seed : of the twin and of every random choice. target_sigma : wanted largest deviation of the property
+    over the field, in the unit of the recipe (None: the recipe's own). max_points, max_electrons, max_seconds :
+    budgets (None: no limit; a run always ends when every position of the map has been exposed). acquisition : how the
+    next positions are chosen. calculator : of the energies (None: the material's own). scalarizer : of spectra (None:
+    the recipe's own). initial, batch : numbers of points of the first design and of each later step (None: the
+    recipe's own).
     """
 
     recipe: str = "strain-energy"

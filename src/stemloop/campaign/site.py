@@ -26,7 +26,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stemloop import __version__
 from stemloop.campaign.journal import Journal
+from stemloop.campaign.patience import Patience, PatientJournal
 from stemloop.campaign.settings import Settings
 from stemloop.campaign.stopwatch import Stopwatch
 from stemloop.core import instruction as instructions
@@ -44,7 +46,7 @@ from stemloop.core.errors import (
 from stemloop.core.instruction import Instruction
 from stemloop.core.protocols import Exposure
 from stemloop.instrument.client import Client, connect
-from stemloop.instrument.spool import DirectoryLock
+from stemloop.instrument.files import DirectoryLock
 from stemloop.stream.channel import Receiver
 from stemloop.stream.landing import LandingLog
 
@@ -60,16 +62,25 @@ STOP_LIMIT_S = 20.0
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees all of it or the old file: temporary file, fsync, rename."""
+    """Write JSON so that a reader sees all of it or the old file."""
+    write_whole(path, json.dumps(content, indent=1))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text so that a reader sees all of it or the old file: temporary file, fsync, rename."""
     temporary = path.with_name(path.name + ".new")
     try:
-        with open(temporary, "w") as file:
-            json.dump(content, file, indent=1)
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+def _new_run() -> dict[str, str]:
+    return {"id": os.urandom(8).hex(), "version": __version__}
 
 
 def _claim(directory: Path) -> DirectoryLock:
@@ -93,9 +104,10 @@ class Site:
         self._host: subprocess.Popen[bytes] | None = None
         with contextlib.ExitStack() as opened:  # undone, last first, if the rest cannot be opened
             opened.callback(lock.close)
-            self.journal = Journal(self.directory / "journal.jsonl")
+            self.patience = Patience(self.directory)
+            self.journal: Journal = PatientJournal(self.directory / "journal.jsonl", self.patience)
             opened.callback(self.journal.close)
-            self.run_id = self.journal.once("run", "id", lambda: {"id": os.urandom(8).hex()})["id"]
+            self.run_id = self.journal.once("run", "id", _new_run)["id"]
             self.log = LandingLog(self.directory / "frames.log", run=self.run_id)
             opened.callback(self.log.close)
             self.receiver = self._receive()
@@ -257,13 +269,15 @@ class Site:
             return (None if record["lost"] else self._frames(record["calibration"])), record
         try:
             with watch("expose"):
-                exposure = self.scope.execute(instruction, command_id, data="stream")
+                exposure = self.patience(lambda: self.scope.execute(instruction, command_id, data="stream"))
         except OutcomeUnknown:
             charged = self._charged()
             return None, self.journal.append("exposure", command_id, electrons=charged, lost=True)
         with watch("land"):
             frames = self._frames(exposure.calibration)
-        return frames, self.journal.append("exposure", command_id, lost=False, **self._exposed(instruction, exposure))
+        shaped = {"shape": list(frames.shape[1:]), "dtype": frames.dtype.str}
+        exposed = self._exposed(instruction, exposure)
+        return frames, self.journal.append("exposure", command_id, lost=False, frames=shaped, **exposed)
 
     def _charged(self) -> float:
         """What the instrument's ledger charged for an exposure that was lost: all that no other exposure explains."""
@@ -271,9 +285,8 @@ class Site:
         return max(0.0, float(self.scope.dose()["spent"]) - known)
 
     def _frames(self, calibration: dict[str, Any]) -> NDArray[Any]:
-        return np.asarray(
-            self.receiver.wait(calibration["stream"], calibration["first"], calibration["count"], timeout_s=60.0)
-        )
+        stream, first, count = calibration["stream"], calibration["first"], calibration["count"]
+        return np.asarray(self.patience(lambda: self.receiver.wait(stream, first, count, timeout_s=60.0)))
 
     @staticmethod
     def _exposed(instruction: Instruction, exposure: Exposure) -> dict[str, Any]:
@@ -282,7 +295,7 @@ class Site:
 
     def command(self, instruction: Instruction, command_id: str) -> None:
         """Carry out an instruction that exposes nothing, once in the life of the instrument."""
-        self.scope.execute(instruction, command_id)
+        self.patience(lambda: self.scope.execute(instruction, command_id))
 
     # ------------------------------------------------------------------------------------------------- closing
 

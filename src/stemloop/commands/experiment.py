@@ -34,9 +34,11 @@ def add(verbs: Any) -> None:
 
     run = verbs.add_parser("run", help="run a recipe on an instrument")
     run.add_argument("recipe", help="strain-energy, defect-energy or eels-map")
-    run.add_argument("--instrument", default="twin", metavar="KIND", help="twin (default) or replay:FILE")
+    run.add_argument(
+        "--instrument", default="twin", metavar="KIND", help="twin (default), nion:twin, nion:usim or replay:FILE"
+    )
     run.add_argument("--specimen", default="MoS2", help="of the twin (default MoS2)")
-    run.add_argument("--scalarizer", metavar="NAME", help="of spectra: Ti-L23 (default), O-K")
+    run.add_argument("--scalarizer", metavar="NAME", help="of spectra: Ti-L23 (default), O-K, thickness")
     _budgets(run)
     run.set_defaults(do=_start)
 
@@ -52,6 +54,11 @@ def add(verbs: Any) -> None:
     verify.add_argument("directory", type=Path, metavar="DIR")
     verify.set_defaults(do=_verify)
 
+    documents = verbs.add_parser("documents", help="a run as event-model documents, for Bluesky's tools")
+    documents.add_argument("directory", type=Path, metavar="DIR")
+    documents.add_argument("--follow", action="store_true", help="print them as the run goes on; write no file")
+    documents.set_defaults(do=_documents)
+
 
 def _settings(words: argparse.Namespace) -> Settings:
     from stemloop.campaign.settings import Settings
@@ -60,7 +67,7 @@ def _settings(words: argparse.Namespace) -> Settings:
     return Settings(
         recipe=words.recipe,
         instrument=instrument,
-        specimen=words.specimen if instrument == "twin" else None,
+        specimen=words.specimen if instrument.endswith("twin") else None,
         seed=words.seed,
         target_sigma=words.target_sigma,
         max_points=words.max_points,
@@ -99,3 +106,15 @@ def _verify(words: argparse.Namespace) -> int:
     from stemloop.campaign import run, terminal
 
     return terminal.print_verdict(run.verify(words.directory))
+
+
+def _documents(words: argparse.Namespace) -> int:
+    from stemloop.campaign import documents
+
+    if words.follow:
+        for name, doc in documents.follow(words.directory):
+            print(documents.line(name, doc), flush=True)
+        return 0
+    count = documents.write(words.directory)
+    print(f"{words.directory / documents.FILE}: " + ", ".join(f"{n} {name}" for name, n in count.items()))
+    return 0

@@ -18,6 +18,7 @@ mend it, in one or two lines; the command line prints it and leaves with ``exit_
     │   ├── LimitError        outside a declared limit
     │   └── DoseError         the dose budget does not cover the exposure
     ├── InstrumentError       the instrument failed or cannot be reached (1)
+    │   ├── Aborted           a running command was ended early; what was exposed until then counts
     │   └── OutcomeUnknown    an exposure was begun and nobody knows whether it ended; it is not repeated
     └── CalculationError      a calculation did not converge or left its range (1)
 """
@@ -107,6 +108,17 @@ class InstrumentError(StemloopError):
     """The instrument failed or cannot be reached."""
 
     code = "instrument"
+
+
+class Aborted(InstrumentError):
+    """A running command was ended before its end. ``exposed`` is the number of positions that the beam met until then,
+    the one it was on included; None if the instrument does not know (then all of them are charged)."""
+
+    code = "aborted"
+
+    def __init__(self, message: str, exposed: int | None = None) -> None:
+        super().__init__(message)
+        self.exposed = exposed
 
 
 class OutcomeUnknown(InstrumentError):

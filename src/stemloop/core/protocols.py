@@ -6,7 +6,7 @@ has a conformance suite under ``tests/`` that its implementations inherit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -36,7 +36,7 @@ class InstrumentInfo:
     """What an instrument is: ``field_m`` (height, width) [m] of its largest field of view, what it can do
     (``instructions``: names of instruction kinds), its beam ``energy_eV``, its ``camera`` if it has one, the
     ``energy_loss`` axis as (offset, scale, size) [eV] if it records spectra, and, for a recording, the only positions
-    that it can answer (``positions_m``, (n, 2) (y, x) [m])."""
+    that it can answer (``positions_m``, (n, 2) (y, x) [m]). ``detectors`` are those that an image may name."""
 
     name: str
     instructions: tuple[str, ...]
@@ -47,6 +47,7 @@ class InstrumentInfo:
     energy_loss: tuple[float, float, int] | None = None
     positions_m: NDArray[np.float64] | None = None
     sample: dict[str, Any] = field(default_factory=dict)
+    detectors: tuple[str, ...] = ("HAADF",)
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,19 @@ class Exposure:
     electrons : mean number of electrons that each frame was given (for an image: each pixel).
     state : the state vector when the instruction had been carried out.
     calibration : what a reader needs to put units on the frames.
+    epoch : number of commands that the instrument had been given when this acquisition began, this one included; it
+        grows with each command and never repeats. An instrument leaves 0 here and the server's guard stamps it.
+    began_s, ended_s : when the acquisition began and ended [s since 1970], by the clock on the instrument's side; an
+        instrument that knows better than its guard fills them in.
     """
 
     frames: NDArray[Any] | None
     electrons: float
     state: dict[str, Any]
     calibration: dict[str, Any] = field(default_factory=dict)
+    epoch: int = 0
+    began_s: float = 0.0
+    ended_s: float = 0.0
 
 
 @runtime_checkable
@@ -84,6 +92,26 @@ class Instrument(Protocol):
     def execute(self, instruction: Instruction, key: str) -> Exposure: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Abortable(Protocol):
+    """An instrument whose running command can be ended early.
+
+    ``abort`` is called from another thread than ``execute`` and returns at once. The ``execute`` that runs, or that is
+    about to begin, then blanks the beam and raises :class:`~stemloop.core.errors.Aborted` as soon as it can; it takes
+    the request back when it ends. It may be called again while the command still runs.
+    """
+
+    def abort(self) -> None: ...
+
+
+@runtime_checkable
+class Reporting(Protocol):
+    """An instrument that tells how far it is: ``execute`` calls ``progress(done, of)`` (positions) if it is not None.
+    The server's guard sets it."""
+
+    progress: Callable[[int, int], None] | None
 
 
 class Scope(Protocol):
@@ -112,6 +140,23 @@ class Batch:
     stream: str
     first: int
     frames: NDArray[Any]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Consecutive frames of one stream as a codec wrote them: what travels and rests without being unpacked.
+
+    ``first`` is the sequence number of the first of ``n`` frames of ``shape`` and ``dtype`` (such as ``<u2``);
+    ``codec`` names what ``payload`` was written with (``raw``: the frames' own bytes, C order)."""
+
+    stream: str
+    first: int
+    n: int
+    shape: tuple[int, ...]
+    dtype: str
+    codec: str
+    payload: bytes
     meta: dict[str, Any] = field(default_factory=dict)
 
 

@@ -1,6 +1,7 @@
 """The one door to the instrument: every command passes role, lease, limits and dose before it meets the hardware.
 
-A :class:`Guard` is called from one thread, the instrument's. The order of its steps is the safety of the whole:
+A :class:`Guard` is called from one thread, the instrument's, but for what says otherwise. The order of its steps is
+the safety of the whole:
 an id that was executed before is answered from the spool; the lease and its fencing number are checked where the
 command is carried out, not where it arrived; the dose is reserved and the intent is durable before the exposure; the
 result is durable before the reply.
@@ -10,38 +11,53 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from numpy.typing import NDArray
 
 from stemloop.core import units
 from stemloop.core.errors import (
+    Aborted,
     InputError,
     InstrumentError,
+    LeaseError,
     LimitError,
     OutcomeUnknown,
     Refused,
     StemloopError,
     from_code,
 )
-from stemloop.core.instruction import Blank, Image, Instruction, Report
-from stemloop.core.protocols import Batch, Exposure, FrameSink, Instrument
+from stemloop.core.instruction import Blank, Image, Instruction, Probe, Report
+from stemloop.core.protocols import Abortable, Batch, Exposure, FrameSink, Instrument, Reporting
 from stemloop.core.record import content_hash
 from stemloop.instrument import wire
-from stemloop.instrument.session import DoseLedger, Identity, LeaseDesk, Limits
-from stemloop.instrument.spool import Audit, Spool
+from stemloop.instrument.audit import Audit, Head
+from stemloop.instrument.dose import DoseLedger
+from stemloop.instrument.lease import LeaseDesk
+from stemloop.instrument.limits import Limits, LimitsWatch
+from stemloop.instrument.plan import PlanReport, check_plan, current_A
+from stemloop.instrument.spool import Spool
+from stemloop.instrument.tokens import Identity
 
 _log = logging.getLogger(__name__)
 
 _MAX_ID_LENGTH = 200
 _AUDITED_POSITIONS = 16
+_PROGRESS_S = 0.1
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command as it arrived: ``data`` is ``inline`` (frames in the reply) or ``stream`` (through the sink)."""
+    """One command as it arrived.
+
+    ``data`` is ``inline`` (frames in the reply), ``stream`` (through the sink) or ``reference`` (kept on the
+    instrument's side; the reply has their hash, and they are fetched by the command's id).
+    """
 
     who: Identity
     lease_id: str | None
@@ -69,7 +85,8 @@ class Guard:
     spool, audit, desk, limits : Spool, Audit, LeaseDesk, Limits
         What was done, what is written down, who drives, what may be asked.
     dose_budget : float, optional
-        Electrons that all exposures together may take, those before a restart included.
+        Electrons that all exposures together may take, those before a restart included; the smaller one holds of this
+        and ``limits.electrons_max``.
     sink : FrameSink, optional
         Where frames go that are asked for with ``data="stream"``.
     """
@@ -86,25 +103,98 @@ class Guard:
     ) -> None:
         self.info = instrument.info
         self.limits = limits
-        self.ledger = DoseLedger(dose_budget, spool.spent)
+        self.watch = LimitsWatch(limits)
+        budgets = [budget for budget in (dose_budget, limits.electrons_max) if budget is not None]
+        self.ledger = DoseLedger(min(budgets, default=None), spool.spent, limits.region)
+        for past in spool.past():
+            if limits.region is not None:
+                self._recall(**{**past, "state": {**instrument.state(), **past["state"]}})
         self.desk = desk
         self._instrument = instrument
         self._spool = spool
         self._audit = audit
         self._sink = sink
         self._blank_failed = False
+        self._lock = threading.Lock()  # the instrument's command begins, is aborted and ends under it
+        self._running: Command | None = None
+        self._told_s = 0.0
+        self.on_progress: Callable[[Command, int, int], None] = lambda command, done, of: None
+        if isinstance(instrument, Reporting):
+            instrument.progress = self._progress
         if spool.state is not None:
             instrument.restore(spool.state)
             desk.unattended = True
+        self.epoch = 0
+        self.last_state: tuple[float, dict[str, Any]] = (time.time(), self.state())
 
     def state(self) -> dict[str, Any]:
         """The instrument's state vector."""
         with _instrument_errors():
-            return self._instrument.state()
+            state = self._instrument.state()
+        self.last_state = (time.time(), state)
+        return state
+
+    # ----------------------------------------------------------------------------------- calls from any thread
+
+    @property
+    def running(self) -> Command | None:
+        """The command that the instrument carries out now."""
+        return self._running
+
+    @property
+    def audit_head(self) -> Head:
+        """Where the audit log ends now."""
+        return self._audit.head
+
+    def can_abort(self) -> bool:
+        """Whether the instrument can end a running command early."""
+        return isinstance(self._instrument, Abortable)
+
+    def abort(self, running: Command) -> bool:
+        """Ask the instrument to end ``running`` early; False if that is not under way or cannot be ended."""
+        with self._lock:
+            if self._running is not running or not isinstance(self._instrument, Abortable):
+                return False
+            with _instrument_errors():
+                self._instrument.abort()
+            return True
+
+    def admit(self, command: Command) -> None:
+        """Refuse at once what would be refused anyway: a command without the lease that was never carried out.
+
+        So nobody who lost the lease waits behind another's exposure to hear it. The lease is checked again where the
+        command is carried out.
+        """
+        running = self._running
+        if self._spool.knows(command.command_id) or (running and running.command_id == command.command_id):
+            return
+        try:
+            command.who.require("agent", "command the microscope")
+            self.desk.check(command.lease_id, command.fencing)
+        except StemloopError as error:
+            self._account(command, error.code, {}, 0.0)
+            raise
+
+    def fetch(self, key: str, first: int = 0, count: int | None = None) -> NDArray[Any]:
+        """Frames ``first`` to ``first + count`` of the exposure with the command id ``key``, out of the spool."""
+        kept = self._spool.find(key)
+        frames: NDArray[Any] | None = ((kept or {}).get("exposure") or {}).get("frames")
+        if frames is None:
+            raise InputError(f"no frames are kept under the key {key!r:.80}: give the id of an exposure made here.")
+        if first < 0 or (count is not None and count < 0) or first > len(frames):
+            raise InputError(f"{key!r:.80} has {len(frames)} frames; {count} from {first} on were asked.")
+        return frames[first : None if count is None else first + count]
 
     def note(self, event: str, who: str, **entry: Any) -> None:
         """Write an event that is no instruction into the audit log."""
         self._audit.write(event=event, who=who, **entry)
+
+    def _progress(self, done: int, of: int) -> None:
+        now = time.monotonic()
+        command = self._running
+        if command is not None and (done >= of or now - self._told_s >= _PROGRESS_S):
+            self._told_s = now
+            self.on_progress(command, done, of)
 
     def blank(self, reason: str) -> None:
         """Blank the beam because nobody drives. Raises ``InstrumentError`` if the instrument will not."""
@@ -125,46 +215,86 @@ class Guard:
     def execute(self, command: Command) -> dict[str, Any]:
         """Carry out one command: the reply's fields, or one of the errors of ``core.errors``. Audited either way."""
         started = time.perf_counter()
-        verdict, result = "done", None
+        verdict, exposed = "failed", False
+        reply: dict[str, Any] = {}
         try:
-            reply, result = self._execute(command)
+            reply, exposed = self._execute(command)
+            verdict = "done"
             return reply
         except StemloopError as error:
             verdict = error.code
             raise
         finally:
-            self.note(
-                "execute",
-                command.who.name,
-                fencing=command.fencing,
-                id=command.command_id,
-                instruction=_audited(command.instruction),
-                limits=self.limits.content_hash,
-                verdict=verdict,
-                result=result,
-                latency_s=time.perf_counter() - started,
-            )
+            self._account(command, verdict, reply, time.perf_counter() - started, durable=exposed)
 
-    def _execute(self, command: Command) -> tuple[dict[str, Any], str | None]:
+    def _account(
+        self, command: Command, verdict: str, reply: dict[str, Any], latency_s: float, durable: bool = False
+    ) -> None:
+        """The command's line in the audit log."""
+        self._audit.write(
+            durable=durable,
+            event="execute",
+            who=command.who.name,
+            token=command.who.token_id,
+            fencing=command.fencing,
+            id=command.command_id[:_MAX_ID_LENGTH],
+            instruction=_audited(command.instruction),
+            limits=self.limits.content_hash,
+            verdict=verdict,
+            result=reply.get("sha256"),
+            epoch=reply.get("epoch"),
+            latency_s=latency_s,
+        )
+
+    def _execute(self, command: Command) -> tuple[dict[str, Any], bool]:
+        """The reply, and whether the beam met the sample for it now."""
         command.who.require("agent", "command the microscope")
         if not 0 < len(command.command_id) <= _MAX_ID_LENGTH:
             raise InputError(f"a command id has 1 to {_MAX_ID_LENGTH} characters; got {len(command.command_id)}.")
-        if command.data not in ("inline", "stream"):
-            raise InputError(f"data must be 'inline' or 'stream'; got {command.data!r:.40}.")
+        if command.data not in ("inline", "stream", "reference"):
+            raise InputError(f"data must be 'inline', 'stream' or 'reference'; got {command.data!r:.40}.")
         if command.data == "stream" and self._sink is None:
             raise InputError("this server was given no stream for frames; ask with data='inline'.")
         asked = wire.instruction_from_message(command.instruction)
+        command.who.require_kind(asked.kind)
         first = self._spool.find(command.command_id)
         if first is not None:
-            return self._repeat(command, asked, first)
+            return self._repeat(command, asked, first), False
         self.desk.check(command.lease_id, command.fencing)
         if self.desk.unattended:
             self.blank("the lease changed hands")
         exposure = self._expose(command, asked) if asked.exposes else self._act(command, asked)
-        return self._reply(command, exposure)
+        if asked.exposes and not self.desk.holds(command.lease_id):
+            raise Aborted(
+                f"the lease of {command.who.name} ended while {command.command_id!r:.80} ran, which could not be ended "
+                "early: it was exposed to its end, counts, and is kept under its id."
+            )
+        return self._reply(command, exposure), asked.exposes
 
-    def _repeat(self, command: Command, asked: Instruction, first: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-        if first["instruction"] != wire.instruction_to_message(asked):
+    def _carry_out(self, command: Command, asked: Instruction) -> Exposure:
+        """Give the instrument a command, in the name of a lease that is valid at this moment."""
+        epoch = self._spool.epoch()
+        with self._lock:
+            self.desk.check(command.lease_id, command.fencing)
+            self._running = command
+        self.epoch = epoch
+        began = time.time()
+        try:
+            exposure = self._instrument.execute(asked, key=command.command_id)
+        finally:
+            with self._lock:
+                self._running = None
+        ended = time.time()
+        self.last_state = (ended, exposure.state)
+        return replace(
+            exposure,
+            epoch=exposure.epoch or epoch,
+            began_s=exposure.began_s or began,
+            ended_s=exposure.ended_s or ended,
+        )
+
+    def _repeat(self, command: Command, asked: Instruction, first: dict[str, Any]) -> dict[str, Any]:
+        if wire.instruction_from_message(first["instruction"]) != asked:
             raise InputError(
                 f"the command id {command.command_id!r} was used for another instruction "
                 f"({first['instruction'].get('kind')}): give each instruction its own id."
@@ -175,20 +305,56 @@ class Guard:
 
     def _act(self, command: Command, asked: Instruction) -> Exposure:
         """Carry out what does not expose. Kept without fdatasync: a repeat after a power cut does no harm."""
-        self.limits.check(asked, 0.0, self.info)
+        state = {} if isinstance(asked, Report) else self.state()
+        self.limits.check(asked, 0.0, self.info, state)
+        self.watch.admit(asked, state, time.monotonic())
+        if (spot := self.limits.opened(asked, state)) is not None:
+            return self._open(command, asked, spot, state)
         with _instrument_errors():
-            exposure = self._instrument.execute(asked, key=command.command_id)
+            exposure = self._carry_out(command, asked)
         if not isinstance(asked, Report):
-            self._spool.result(
-                command.command_id, wire.instruction_to_message(asked), 0, exposure=exposure, durable=False
-            )
+            message = wire.instruction_to_message(asked)
+            self._spool.result(command.command_id, message, 0, exposure=exposure, durable=False)
         return exposure
 
-    def _expose(self, command: Command, asked: Instruction) -> Exposure:
-        electrons = self._electrons(asked)
-        self.limits.check(asked, electrons, self.info)
+    def _open(self, command: Command, asked: Instruction, spot: Probe, state: dict[str, Any]) -> Exposure:
+        """Let the open beam rest at ``spot``; it is charged for as long as it may, whatever becomes of us."""
         name, message = command.command_id, wire.instruction_to_message(asked)
-        reserved = self.ledger.reserve(name, electrons * asked.exposed_positions)
+        electrons = units.electrons(current_A(state, self.limits), self.limits.parked_max_s or 0.0)
+        reserved = self.ledger.reserve(name, electrons, self.ledger.footprint(spot, self.info, state))
+        try:
+            self._spool.intent(name, message, command.fencing or 0, reserved, command.who.name)
+        except StemloopError:
+            self.ledger.settle(name, 0.0)
+            raise
+        try:
+            with _instrument_errors():
+                exposure = self._carry_out(command, asked)
+        except LeaseError:  # somebody took over at the last moment: the instrument was not asked
+            self.ledger.settle(name, 0.0)
+            self._spool.cancel(name)
+            raise
+        except StemloopError as error:
+            refused = isinstance(error, (Refused, InputError))
+            self._keep(name, message, self.ledger.settle(name, 0.0 if refused else None), error=error)
+            raise
+        self._keep(name, message, self.ledger.settle(name), exposure=exposure)
+        return exposure
+
+    def _recall(self, instruction: dict[str, Any], settled: int, exposed: int | None, state: dict[str, Any]) -> None:
+        """Put an exposure from before a restart back on the map of doses."""
+        asked = wire.instruction_from_message(instruction)
+        spot = asked if asked.exposes else self.limits.opened(asked, {**state, "blanked": False})
+        if spot is not None:
+            self.ledger.recall(self.ledger.footprint(spot, self.info, state, exposed), settled)
+
+    def _expose(self, command: Command, asked: Instruction) -> Exposure:
+        state = self.state()
+        electrons = self._electrons(asked, state)
+        self.limits.check(asked, electrons, self.info, state)
+        name, message = command.command_id, wire.instruction_to_message(asked)
+        where = self.ledger.footprint(asked, self.info, state)
+        reserved = self.ledger.reserve(name, electrons * asked.exposed_positions, where)
         try:
             self._spool.intent(name, message, command.fencing or 0, reserved, command.who.name)
         except StemloopError:
@@ -196,11 +362,20 @@ class Guard:
             raise
         try:
             with _instrument_errors(), self._beam(name):
-                exposure = self._instrument.execute(asked, key=name)
+                exposure = self._carry_out(command, asked)
                 self._check(asked, exposure)
+        except LeaseError:  # somebody took over at the last moment: the instrument was not asked
+            self.ledger.settle(name, 0.0)
+            self._spool.cancel(name)
+            raise
         except StemloopError as error:
-            refused = isinstance(error, (Refused, InputError))  # the instrument's word that nothing was exposed
-            self._keep(name, message, self.ledger.settle(name, 0.0 if refused else None), error=error)
+            done = self._exposed(asked, error)
+            if done is None:
+                settled = self.ledger.settle(name)
+            else:
+                part = self.ledger.footprint(asked, self.info, state, done) if done else where
+                settled = self.ledger.settle(name, electrons * done, part)
+            self._keep(name, message, settled, error=error, exposed=done)
             raise
         settled = self.ledger.settle(name, exposure.electrons * asked.exposed_positions)
         stream = None
@@ -208,6 +383,23 @@ class Guard:
             stream = self._spool.number(asked.kind, len(exposure.frames))
         self._keep(name, message, settled, exposure=exposure, stream=stream)
         return exposure
+
+    @staticmethod
+    def _exposed(asked: Instruction, error: StemloopError) -> int | None:
+        """How many positions were exposed before the error, by the instrument's word; None if it gave none."""
+        if isinstance(error, (Refused, InputError)):
+            return 0
+        done = error.exposed if isinstance(error, Aborted) else None
+        return None if done is None else min(max(done, 0), asked.exposed_positions)
+
+    def check(self, plan: Iterable[Instruction]) -> PlanReport:
+        """What these instructions would cost and which would be refused, now and one after another. Touches nothing."""
+        return check_plan(plan, self.limits, self.ledger, self.info, self.state())
+
+    def unpark(self) -> None:
+        """Blank the beam if it has rested on one spot for longer than the limits allow. Ask often."""
+        if self.limits.parked_max_s is not None and (reason := self.watch.parked(self.state(), time.monotonic())):
+            self.blank(reason)
 
     @contextmanager
     def _beam(self, name: str) -> Iterator[None]:
@@ -236,17 +428,15 @@ class Guard:
             self._spool.lost(name, message, settled, unknown)
             raise unknown from error
 
-    def _electrons(self, asked: Instruction) -> float:
-        """Electrons at each position. An instrument that does not report its current is charged the largest one."""
-        current_A = self.state().get("current_A")
-        if not (isinstance(current_A, (int, float)) and math.isfinite(current_A) and current_A >= 0):
-            current_A = self.limits.current_max_A
-        if current_A > self.limits.current_max_A:
+    def _electrons(self, asked: Instruction, state: dict[str, Any]) -> float:
+        """Electrons at each position."""
+        current = current_A(state, self.limits)
+        if current > self.limits.current_max_A:
             raise LimitError(
-                f"the beam current is {current_A:g} A, over the limit of {self.limits.current_max_A:g} A: "
+                f"the beam current is {current:g} A, over the limit of {self.limits.current_max_A:g} A: "
                 "lower it with an Optics instruction."
             )
-        return units.electrons(float(current_A), asked.beam_time_s / asked.exposed_positions)
+        return units.electrons(current, asked.beam_time_s / asked.exposed_positions)
 
     @staticmethod
     def _check(asked: Instruction, exposure: Exposure) -> None:
@@ -258,12 +448,20 @@ class Guard:
         if not (math.isfinite(exposure.electrons) and exposure.electrons >= 0):
             raise InstrumentError(f"the instrument reported {exposure.electrons!r} electrons for {asked.kind}.")
 
-    def _reply(self, command: Command, exposure: Exposure) -> tuple[dict[str, Any], str | None]:
+    def _reply(self, command: Command, exposure: Exposure) -> dict[str, Any]:
         reply = wire.exposure_to_message(exposure)
         frames = exposure.frames
         if frames is None:
-            return reply, None
-        digest = content_hash(frames)
+            return reply
+        reply["sha256"] = digest = content_hash(frames)
+        if command.data == "reference":
+            reference = {
+                "key": command.command_id,
+                "sha256": digest,
+                "shape": list(frames.shape),
+                "dtype": frames.dtype.str,
+            }
+            return {**reply, "frames": None, "reference": reference}
         if command.data == "stream" and self._sink is not None:
             numbers = self._spool.streamed(command.command_id, command.instruction["kind"], len(frames))
             meta = {
@@ -273,10 +471,12 @@ class Guard:
                 "state": exposure.state,
                 "calibration": exposure.calibration,
                 "sha256": digest,
+                "epoch": exposure.epoch,
+                "limits": self.limits.content_hash,
             }
             self._send(Batch(numbers["stream"], numbers["first"], frames, wire.plain(meta)))
-            reply = {**reply, "frames": None, "calibration": {**exposure.calibration, **numbers}}
-        return {**reply, "sha256": digest}, digest
+            return {**reply, "frames": None, "calibration": {**exposure.calibration, **numbers}}
+        return reply
 
     def _send(self, batch: Batch) -> None:
         assert self._sink is not None
@@ -287,6 +487,15 @@ class Guard:
                 f"the frames {batch.first} to {batch.first + len(batch.frames) - 1} of {batch.stream!r} were taken and "
                 f"are kept, but the stream failed ({error}): repeat the same command id to send them again."
             ) from error
+
+
+def _charge(error: StemloopError, electrons: float) -> float | None:
+    """Electrons to charge for an exposure that failed: none if the instrument says so, None for all reserved."""
+    if isinstance(error, (Refused, InputError)):  # its word that nothing was exposed
+        return 0.0
+    if isinstance(error, Aborted) and error.exposed is not None:
+        return electrons * error.exposed
+    return None
 
 
 @contextmanager

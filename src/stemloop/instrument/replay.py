@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stemloop.core import units
-from stemloop.core.errors import InputError, LimitError
-from stemloop.core.instruction import Blank, Diffraction, Image, Instruction, Probe, Report, Spectrum
+from stemloop.core.errors import Aborted, InputError, LimitError
+from stemloop.core.field import absolute, chosen
+from stemloop.core.instruction import (
+    DETECTORS,
+    Blank,
+    Diffraction,
+    Field,
+    Image,
+    Instruction,
+    Probe,
+    Report,
+    Spectrum,
+)
 from stemloop.core.protocols import Camera, Exposure, InstrumentInfo
 from stemloop.core.signal import Axis, Signal
 
@@ -63,7 +76,8 @@ class Replay:
 
     A spectrum image (y, x, energy_loss) answers ``Spectrum``, a 4D-STEM signal (scan_y, scan_x, det_y, det_x)
     answers ``Diffraction``, both at the recorded positions only, which are the centres of the scan's pixels
-    (``info.positions_m``). An image (y, x) answers ``Image`` by a crop along its own pixels. Without a spatial
+    (``info.positions_m``), which a line or a raster may hit as well. An image (y, x) answers ``Image`` by a crop along
+    its own pixels, for the detector that its metadata name (HAADF if they name none). Without a spatial
     calibration 1 px counts as 1 nm, and ``info.sample["positions"]`` says so.
 
     Electrons are those that the same instruction would have cost at ``current_A``, so that budgets mean something.
@@ -114,25 +128,40 @@ class Replay:
         if self._image is not None:
             kinds = (Image.kind, *kinds)
         sample: dict[str, Any] = {"recorded": True}
+        if self._image is not None:
+            sample["image_shape"] = list(self._image.data.shape)
         if not _is_metric(signal.axes[:2]):
             sample["positions"] = "no spatial calibration: 1 px counts as 1 nm"
         self._info = InstrumentInfo(
             name=name,
-            instructions=(*kinds, Probe.kind, Blank.kind, Report.kind),
+            instructions=(*kinds, Probe.kind, Blank.kind, Field.kind, Report.kind),
             field_m=field_m,
             energy_eV=energy_eV,
             camera=(camera or _camera(signal.axes[2:], energy_eV)) if dimensions == 4 else None,
             energy_loss=_energy_loss(signal.axes[2]) if dimensions == 3 else None,
             positions_m=self._centres() if dimensions > 2 else None,
             sample=sample,
+            detectors=self._detectors(),
         )
+        self._stop = threading.Event()
+        self.progress: Callable[[int, int], None] | None = None
         self._state: dict[str, Any] = {
             "current_A": float(current_A),
             "blanked": True,
             "probe_y_m": 0.0,
             "probe_x_m": 0.0,
+            "field_height_m": field_m[0],
+            "field_width_m": field_m[1],
+            "field_rotation_rad": 0.0,
             "exposures": 0,
         }
+
+    def _detectors(self) -> tuple[str, ...]:
+        """What an image may name: the detector that was recorded."""
+        if self._image is None:
+            return ()
+        recorded = self._image.metadata.get("detector", DETECTORS[0])
+        return (recorded,) if recorded in DETECTORS else DETECTORS[:1]
 
     def _match(self, image: Signal, field_m: tuple[float, float]) -> tuple[float, float]:
         """The pixel [m] of an image that shows the field of the recording."""
@@ -176,6 +205,16 @@ class Replay:
         InputError
             If the recording holds no number (NaN or infinity) there.
         """
+        try:
+            return self._execute(instruction)
+        finally:
+            self._stop.clear()
+
+    def abort(self) -> None:
+        """End the exposure that runs; its ``execute`` blanks the beam and raises ``Aborted``. From any thread."""
+        self._stop.set()
+
+    def _execute(self, instruction: Instruction) -> Exposure:
         if instruction.kind not in self._info.instructions:
             raise LimitError(
                 f"the recording cannot answer {instruction.kind!r}; it answers {', '.join(self._info.instructions)}."
@@ -194,10 +233,27 @@ class Replay:
                 return self._exposure(self._frames(instruction), instruction, angles)
             case Probe():
                 y, x = instruction.position_m
+                self._inside(y, x)
                 self._state.update(probe_y_m=float(y), probe_x_m=float(x))
             case Blank():
                 self._state["blanked"] = instruction.blanked
+            case Field():
+                self._choose(instruction)
         return Exposure(None, 0.0, self.state())
+
+    def _inside(self, y: float, x: float) -> None:
+        """Refuse a position outside the chosen field."""
+        height, width = chosen(self._state, self._info.field_m)[0]
+        if not (0 <= y <= height and 0 <= x <= width):
+            raise LimitError(f"(y, x) = ({y:g}, {x:g}) m is outside the field of {height:g} x {width:g} m.")
+
+    def _choose(self, asked: Field) -> None:
+        if asked.rotation_rad:
+            raise LimitError("a recording is not turned afterwards: leave rotation_rad out.")
+        extent_m = asked.extent_m or chosen(self._state, self._info.field_m)[0]
+        if any(a > b * (1 + 1e-9) for a, b in zip(extent_m, self._info.field_m, strict=True)):
+            raise LimitError(f"the recording's field is {self._info.field_m} m: ask for a smaller one.")
+        self._state.update(field_height_m=float(extent_m[0]), field_width_m=float(extent_m[1]))
 
     def _exposure(self, frames: NDArray[Any], asked: Instruction, calibration: dict[str, Any]) -> Exposure:
         self._state["exposures"] += 1
@@ -222,8 +278,18 @@ class Replay:
         return row, column
 
     def _frames(self, asked: Spectrum | Diffraction) -> NDArray[Any]:
-        indices = [self._index(position) for position in asked.positions_m]
-        frames = np.stack([np.asarray(self._signal.data[row, column]) for row, column in indices])
+        positions = absolute(np.asarray(asked.positions_m), self._state, self._info.field_m)
+        indices = [self._index((y, x)) for y, x in positions.tolist()]
+        taken: list[NDArray[Any]] = []
+        while self._reached(len(taken), len(indices)) and len(taken) < len(indices):
+            taken.append(np.asarray(self._signal.data[indices[len(taken)]]))
+        if len(taken) < len(indices):
+            self._state["blanked"] = True
+            raise Aborted(
+                f"the command was ended after {len(taken)} of {len(indices)} positions; they count as exposed.",
+                len(taken),
+            )
+        frames = np.stack(taken)
         broken = ~np.isfinite(frames).reshape(len(frames), -1).all(axis=1)
         if broken.any():
             row, column = indices[int(np.argmax(broken))]
@@ -233,16 +299,25 @@ class Replay:
             )
         return frames
 
+    def _reached(self, done: int, of: int) -> bool:
+        """Tell how far the exposure is; False if it is to end here."""
+        if self.progress is not None:
+            self.progress(done, of)
+        return done == of or not self._stop.is_set()
+
     def _crop(self, asked: Image) -> NDArray[Any]:
         """(1, rows, columns): the recorded pixels in the asked rectangle."""
         assert self._image is not None
-        recorded = self._image.metadata.get("detector", asked.detector)
-        if asked.detector != recorded:
+        recorded = self._image.metadata.get("detector", self._info.detectors[0])
+        if asked.detector not in self._info.detectors:
             raise LimitError(f"the image was recorded with the detector {recorded!r}; {asked.detector!r} was asked.")
+        if asked.rotation_rad:
+            raise LimitError("the recording was scanned without a turn: leave rotation_rad out.")
+        origin_m = absolute([asked.origin_m], self._state, self._info.field_m)[0]
         begin = []
         for axis, name in enumerate("yx"):
             pixel, size = self._image_pixel_m[axis], self._image.data.shape[axis]
-            first, count = asked.origin_m[axis] / pixel, asked.extent_m[axis] / pixel
+            first, count = origin_m[axis] / pixel, asked.extent_m[axis] / pixel
             start, wanted = round(first), asked.shape[axis]
             whole = abs(first - start) <= TOLERANCE_PX and abs(count - wanted) <= TOLERANCE_PX
             if not whole or start < 0 or start + wanted > size:

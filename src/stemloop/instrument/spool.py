@@ -1,4 +1,4 @@
-"""What the instrument's side never forgets: every intent to expose and every result, and who asked for what.
+"""What the instrument's side never forgets: every intent to expose and every result.
 
 The :class:`Spool` is an append-only file of framed records. Before an exposure its *intent* is made durable
 (fdatasync), after it its *result* with the frames; only then is the reply sent. So a repeated command id answers the
@@ -7,17 +7,12 @@ first result, also after the process was killed, and an intent without a result 
 A record is a header ``magic, length, synced, crc32c of the payload, crc32c of the header`` and a msgpack payload.
 ``synced`` is the size of the file that was known to be durable when the record was written: a broken record that no
 later record calls durable is the torn end of a crash and is cut off; any other is an ``IntegrityError``.
-
-The :class:`Audit` is a file of JSON lines, each with the hash of the one before.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import struct
-import sys
 import threading
 import time
 from pathlib import Path
@@ -28,33 +23,19 @@ import google_crc32c
 from stemloop.core.errors import IntegrityError, OutcomeUnknown, StorageError
 from stemloop.core.protocols import Exposure
 from stemloop.instrument import wire
+from stemloop.instrument.files import sync_data, sync_directory, write_all
 
 _HEADER = struct.Struct("<4sIQI")
 _CRC = struct.Struct("<I")
 _HEADER_BYTES = _HEADER.size + _CRC.size
 _MAGIC = b"SLS1"
 
-_sync = getattr(os, "fdatasync", os.fsync)
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    if sys.platform != "win32":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+#: Epochs are made durable so many at a time; those that are left when a server ends are never given.
+_EPOCHS = 1024
 
 
 def _crc(data: bytes | memoryview) -> int:
     return int(google_crc32c.value(bytes(data)))
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
 
 
 class Journal:
@@ -68,6 +49,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = threading.RLock()
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
             sync_directory(path.parent)
@@ -146,13 +128,18 @@ class Journal:
 
     def read(self, offset: int) -> dict[str, Any]:
         """The record at ``offset``."""
-        found = self._parse(offset)
+        with self._lock:
+            found = self._parse(offset)
         if found is None:
             raise IntegrityError(f"{self.path}: the record at byte {offset} is not what was written.")
         return wire.decode(found[2])
 
     def append(self, record: dict[str, Any], durable: bool) -> int:
-        """Write a record, durably or not; returns its offset. A ``StorageError`` if the disk refuses."""
+        """Write a record, durably or not; returns its offset. A ``StorageError`` if the disk refuses. Any thread."""
+        with self._lock:
+            return self._append(record, durable)
+
+    def _append(self, record: dict[str, Any], durable: bool) -> int:
         if self._failed:
             raise StorageError(f"{self.path} cannot be written any more ({self._failed}): restart the server.")
         payload = wire.encode(record)
@@ -160,15 +147,15 @@ class Journal:
         offset = self.size
         try:
             os.lseek(self._descriptor, offset, os.SEEK_SET)
-            _write_all(self._descriptor, head + _CRC.pack(_crc(head)))
-            _write_all(self._descriptor, payload)
+            write_all(self._descriptor, head + _CRC.pack(_crc(head)))
+            write_all(self._descriptor, payload)
         except OSError as error:
             self._undo(offset, error)
             raise StorageError(f"cannot write {self.path}: {error.strerror}. Make room on the disk.") from None
         self.size = offset + _HEADER_BYTES + len(payload)
         if durable:
             try:
-                _sync(self._descriptor)
+                sync_data(self._descriptor)
             except OSError as error:  # what is on the disk is unknown now, and a second fdatasync would not tell
                 self._failed = f"fdatasync failed: {error.strerror}"
                 raise StorageError(f"cannot make {self.path} durable: {error.strerror}. Check the disk.") from None
@@ -185,7 +172,7 @@ class Journal:
         """Make everything durable and close the file."""
         if self._descriptor >= 0:
             if not self._failed:
-                _sync(self._descriptor)
+                sync_data(self._descriptor)
             os.close(self._descriptor)
             self._descriptor = -1
 
@@ -203,6 +190,8 @@ class Spool:
         The instrument's state after the last command that is known, or None at the very beginning.
     counts : dict
         The next sequence number of each stream.
+
+    Leases may be given from any thread; everything else is for one thread, but for :meth:`find`, which only reads.
     """
 
     def __init__(self, path: Path) -> None:
@@ -214,6 +203,8 @@ class Spool:
         self.fencing = 0
         self.state: dict[str, Any] | None = None
         self.counts: dict[str, int] = {}
+        self._epoch = self._epochs_until = 0
+        self._past: list[dict[str, Any]] | None = []
         open_intents: dict[str, dict[str, Any]] = {}
         for offset, record in self._journal:
             if record["record"] == "intent":
@@ -221,6 +212,7 @@ class Spool:
             else:
                 open_intents.pop(record.get("id", ""), None)
                 self._learn(offset, record)
+        self._epoch = self._epochs_until
         for intent in open_intents.values():
             self.result(intent["id"], intent["instruction"], intent["reserved"], error=self._unknown(intent["id"]))
 
@@ -236,6 +228,9 @@ class Spool:
         if kind == "lease":
             self.fencing = record["fencing"]
             return
+        if kind == "epochs":
+            self._epochs_until = record["until"]
+            return
         if stream := record.get("stream"):
             self._streamed[record["id"]] = stream
             self.counts[stream["stream"]] = stream["first"] + stream["count"]
@@ -244,6 +239,15 @@ class Spool:
             self.spent += record["settled"]
             if record["exposure"] is not None:
                 self.state = record["exposure"]["state"]
+            if self._past is not None and record["settled"]:
+                kept = {name: record.get(name) for name in ("instruction", "settled", "exposed")}
+                self._past.append({**kept, "state": self.state or {}})
+
+    def past(self) -> list[dict[str, Any]]:
+        """``instruction``, ``settled`` electrons, ``exposed`` positions (None: all) and ``state`` of every exposure
+        that was on the disk at the start. They are handed out once and forgotten."""
+        past, self._past = self._past or [], None
+        return past
 
     def lease(self, fencing: int) -> None:
         """Make a new fencing number durable."""
@@ -264,6 +268,17 @@ class Spool:
             durable=True,
         )
 
+    def cancel(self, command_id: str) -> None:
+        """The intent came to nothing before the instrument was asked; the id is free again."""
+        self._append({"record": "cancelled", "id": command_id}, durable=False)
+
+    def epoch(self) -> int:
+        """The number of the next command that the instrument is given; never given twice, restarts included."""
+        if self._epoch == self._epochs_until:
+            self._append({"record": "epochs", "until": self._epoch + _EPOCHS}, durable=True)
+        self._epoch += 1
+        return self._epoch
+
     def result(
         self,
         command_id: str,
@@ -273,8 +288,12 @@ class Spool:
         error: Exception | None = None,
         stream: dict[str, Any] | None = None,
         durable: bool = True,
+        exposed: int | None = None,
     ) -> None:
-        """Keep how a command ended: its ``exposure``, or the ``error`` that it will answer whenever it is repeated."""
+        """Keep how a command ended: its ``exposure``, or the ``error`` that it will answer whenever it is repeated.
+
+        ``exposed`` is the number of positions that were exposed, from the first on, of a command that ended early.
+        """
         self._append(
             {
                 "record": "result",
@@ -284,10 +303,15 @@ class Spool:
                 "exposure": exposure and wire.exposure_to_message(exposure),
                 "error": error and [getattr(error, "code", "instrument"), str(error)],
                 "stream": stream,
+                "exposed": exposed,
                 "utc": time.time(),
             },
             durable,
         )
+
+    def knows(self, command_id: str) -> bool:
+        """Whether the command was carried out before."""
+        return command_id in self._results or command_id in self._lost
 
     def find(self, command_id: str) -> dict[str, Any] | None:
         """How the command ended (``instruction``, ``exposure``, ``error``), read back from the disk, or None."""
@@ -321,97 +345,3 @@ class Spool:
     def close(self) -> None:
         """Make everything durable and close the file."""
         self._journal.close()
-
-
-class Audit:
-    """A log of JSON lines, each with the SHA-256 of the line before: a changed, lost or inserted line shows.
-
-    An entry holds who asked, under which lease and command id, the instruction, the hash of the limits, the verdict,
-    the hash of the frames and the latency. It is written at once and made durable by the system.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
-            self._lock = threading.Lock()
-            last, end = self._last_line()
-            os.ftruncate(self._descriptor, end)
-            os.lseek(self._descriptor, 0, os.SEEK_END)
-        except OSError as error:
-            raise StorageError(f"cannot open {path}: {error.strerror}. Choose a writable directory.") from None
-        self._last = hashlib.sha256(last).hexdigest() if last else ""
-
-    def _last_line(self) -> tuple[bytes, int]:
-        """The last whole line (without its end) and where it ends; what follows was torn by a crash."""
-        size = os.fstat(self._descriptor).st_size
-        tail = 2**16
-        while True:
-            begin = max(0, size - tail)
-            os.lseek(self._descriptor, begin, os.SEEK_SET)
-            lines = os.read(self._descriptor, size - begin).split(b"\n")
-            if begin == 0 or len(lines) > 2:
-                return (lines[-2] if len(lines) > 1 else b""), size - len(lines[-1])
-            tail *= 4
-
-    def write(self, **entry: Any) -> None:
-        """Append one entry. A ``StorageError`` if the disk refuses."""
-        with self._lock:
-            line = json.dumps({"utc": time.time(), **wire.plain(entry), "previous": self._last}, default=str).encode()
-            try:
-                _write_all(self._descriptor, line + b"\n")
-            except OSError as error:
-                raise StorageError(f"cannot write {self._path}: {error.strerror}. Make room on the disk.") from None
-            self._last = hashlib.sha256(line).hexdigest()
-
-    def close(self) -> None:
-        """Make everything durable and close the file."""
-        if self._descriptor >= 0:
-            _sync(self._descriptor)
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-
-def verify_audit(path: str | Path) -> int:
-    """Check the chain of an audit log; returns the number of entries, or raises ``IntegrityError`` naming the line."""
-    last = ""
-    count = 0
-    for line in Path(path).read_bytes().splitlines():
-        try:
-            previous = json.loads(line)["previous"]
-        except (ValueError, KeyError, TypeError):
-            previous = None
-        if previous != last:
-            raise IntegrityError(f"{path}, line {count + 1}: it does not follow from the line before; one was changed.")
-        last = hashlib.sha256(line).hexdigest()
-        count += 1
-    return count
-
-
-class DirectoryLock:
-    """Holds a directory for one process: a second server on it is refused. The system frees it with the process."""
-
-    def __init__(self, directory: Path) -> None:
-        self._descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            _lock(self._descriptor)
-        except OSError:
-            os.close(self._descriptor)
-            raise StorageError(
-                f"another instrument server runs on {directory}: stop it, or choose another directory."
-            ) from None
-
-    def close(self) -> None:
-        """Let the directory go."""
-        os.close(self._descriptor)
-
-
-def _lock(descriptor: int) -> None:
-    if sys.platform == "win32":
-        import msvcrt
-
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

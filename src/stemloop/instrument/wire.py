@@ -22,7 +22,9 @@ from stemloop.core.protocols import Camera, Exposure, InstrumentInfo
 #: The largest message that is written or read [bytes].
 MAX_BYTES = 640 * 2**20
 #: The largest message that a client may send to a server [bytes]: a command is small.
-MAX_COMMAND_BYTES = 16 * 2**20
+MAX_COMMAND_BYTES = 2**20
+#: The deepest nesting of a message that is read.
+MAX_DEPTH = 16
 
 _ARRAY = 1
 _DTYPE = re.compile(r"[<>|][biufc](1|2|4|8|16)")
@@ -89,10 +91,25 @@ def decode(data: bytes) -> dict[str, Any]:
     except InputError:
         raise
     except Exception as error:  # msgpack's errors share no root
-        raise InputError(f"the message is not msgpack: {type(error).__name__} {error}.") from None
+        raise InputError(f"the message is not msgpack: {type(error).__name__} {error!s:.200}.") from None
     if not isinstance(message, dict):
         raise InputError(f"a message is a dictionary; got a {type(message).__name__}.")
+    _check_depth(message)
     return message
+
+
+def _check_depth(message: Any) -> None:
+    level = [message]
+    for _ in range(MAX_DEPTH):
+        level = [
+            item
+            for outer in level
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(item, (dict, list))
+        ]
+        if not level:
+            return
+    raise InputError(f"the message is nested more than {MAX_DEPTH} deep.")
 
 
 def plain(value: Any) -> Any:
@@ -139,6 +156,9 @@ def exposure_to_message(exposure: Exposure) -> dict[str, Any]:
         "electrons": float(exposure.electrons),
         "state": exposure.state,
         "calibration": exposure.calibration,
+        "epoch": exposure.epoch,
+        "began_s": exposure.began_s,
+        "ended_s": exposure.ended_s,
     }
 
 
@@ -149,6 +169,9 @@ def exposure_from_message(message: dict[str, Any]) -> Exposure:
         float(take(message, "electrons", (int, float))),
         take(message, "state", dict),
         take(message, "calibration", dict),
+        take(message, "epoch", int, 0),
+        float(take(message, "began_s", (int, float), 0.0)),
+        float(take(message, "ended_s", (int, float), 0.0)),
     )
 
 
@@ -165,6 +188,7 @@ def info_to_message(info: InstrumentInfo) -> dict[str, Any]:
         "energy_loss": info.energy_loss and list(info.energy_loss),
         "positions_m": None if info.positions_m is None else np.asarray(info.positions_m, dtype=np.float64),
         "sample": info.sample,
+        "detectors": list(info.detectors),
     }
 
 
@@ -183,6 +207,7 @@ def info_from_message(message: dict[str, Any]) -> InstrumentInfo:
             energy_loss=loss and tuple(loss),
             positions_m=message["positions_m"],
             sample=message["sample"],
+            detectors=tuple(message.get("detectors", ("HAADF",))),
         )
     except (KeyError, TypeError, IndexError) as error:
         raise InputError(f"what the instrument says of itself cannot be read: {error!r}.") from None

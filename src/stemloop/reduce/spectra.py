@@ -183,5 +183,38 @@ class EdgeIntegral:
         return slice(int(first), int(last))
 
 
+@dataclass(frozen=True)
+class RelativeThickness:
+    """Thickness in inelastic mean free paths, ``t / lambda = ln(I_t / I_0)``, from a low-loss spectrum.
+
+    ``I_0`` are the counts within ``zero_loss_eV`` of no loss, ``I_t`` those from there to the end of the spectrum
+    (T. Malis et al., J. Electron Microsc. Tech. 8, 193 (1988), doi:10.1002/jemt.1060080206). With independent Poisson
+    counts ``sigma^2 = 1 / I_0 - 1 / I_t``; ``floor`` is added in quadrature for where the two peaks were parted.
+
+    >>> spectrum = np.array([[0.0, 100.0, 0.0, 71.8281828, 100.0]])
+    >>> value, _ = RelativeThickness(zero_loss_eV=5.0)(spectrum, {"energy_loss": (-10.0, 10.0, 5)})
+    >>> value.round(6).tolist()
+    [1.0]
+    """
+
+    zero_loss_eV: float = 5.0
+    floor: float = 2e-3
+    unit: str = "mfp"
+
+    def __call__(self, frames: NDArray[Any], calibration: dict[str, Any]) -> tuple[Array, Array]:
+        spectra = np.asarray(frames, dtype=np.float64)
+        energy = energy_axis(calibration, spectra.shape[-1])
+        first, last = np.searchsorted(energy, (-self.zero_loss_eV, self.zero_loss_eV))
+        if energy[0] > -self.zero_loss_eV or last >= len(energy) or first == last:
+            raise InputError(
+                f"the thickness needs the loss of +-{self.zero_loss_eV:g} eV and beyond; the spectrum covers "
+                f"{energy[0]:g}-{energy[-1]:g} eV."
+            )
+        unscattered = np.maximum(spectra[:, first:last].sum(axis=1), 1.0)
+        all_of_it = np.maximum(spectra[:, first:].sum(axis=1), unscattered)
+        return np.log(all_of_it / unscattered), np.sqrt(1 / unscattered - 1 / all_of_it + self.floor**2)
+
+
 SCALARIZERS.register("Ti-L23")(EdgeIntegral(edge_eV=454.0, width_eV=16.0, background_eV=(405.0, 450.0)))
 SCALARIZERS.register("O-K")(EdgeIntegral(edge_eV=528.0, width_eV=30.0, background_eV=(485.0, 524.0)))
+SCALARIZERS.register("thickness")(RelativeThickness())

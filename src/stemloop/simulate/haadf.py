@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 import scipy.fft
@@ -24,7 +25,7 @@ from scipy.special import j0
 from stemloop.core.units import ANGSTROM_M, wavelength_m
 from stemloop.simulate.crystals import Crystal
 from stemloop.simulate.elasticity import Array
-from stemloop.simulate.imaging import FWHM_TO_SIGMA, Scattering
+from stemloop.simulate.imaging import FWHM_TO_SIGMA, Aberrations, Scattering, phase_error
 from stemloop.simulate.specimens import MARGIN_A, Sample
 
 #: Inner and outer angle of the ring detector [rad].
@@ -102,6 +103,8 @@ class Haadf:
     ----------
     sample : the specimen. energy_eV, semiangle_rad, C10_m : the probe. source_fwhm_m : Gaussian source [m].
     sampling_A : grid on which the responses are added [A]; the image holds nothing finer than lambda / (2 semiangle).
+    aberrations : those beyond defocus. With any, the responses are those of the focused probe, and defocus and
+        aberrations act as the ratio of two transfer functions: an incoherent image is blurred by |probe|^2.
     """
 
     def __init__(
@@ -112,12 +115,14 @@ class Haadf:
         C10_m: float = 0.0,
         source_fwhm_m: float = 0.0,
         sampling_A: float = 0.125,
+        aberrations: Aberrations = (),
     ) -> None:
         crystal, atoms = sample.crystal, sample.atoms
         layers = round(atoms.cell[2, 2] / crystal.repeat_A)
         shape = tuple(round(atoms.cell[i, i] / sampling_A) for i in (1, 0))
         f_y, f_x = (np.fft.fftfreq(n, sampling_A) for n in shape)
         k = np.hypot(f_y[:, None], f_x[None, : shape[1] // 2 + 1])
+        wanted_C10_m, C10_m = C10_m, 0.0 if any(aberrations) else C10_m
         finest = 2 * semiangle_rad / (wavelength_m(energy_eV) / ANGSTROM_M)
         source = 2 * (np.pi * FWHM_TO_SIGMA * source_fwhm_m / ANGSTROM_M) ** 2
         radii = _radii_A(_reach_A(semiangle_rad, C10_m))
@@ -131,6 +136,9 @@ class Haadf:
             transfer = np.interp(k, table_k, table, right=0.0) * np.exp(-(source + blur) * k**2)
             where = atoms.positions[atoms.symbols == element][:, 1::-1] / sampling_A
             spectrum += scipy.fft.rfft2(_splat(where, shape), workers=1) * transfer
+        if any(aberrations):
+            wave_A = wavelength_m(energy_eV) / ANGSTROM_M
+            spectrum = spectrum * _blurred(f_y, f_x, wave_A, semiangle_rad, wanted_C10_m, aberrations)
         image = scipy.fft.irfft2(spectrum / (splat * sampling_A**2), s=shape, workers=1)
         self._sampling_A = sampling_A
         self._coefficients = scipy.ndimage.spline_filter(image, order=3, mode="grid-wrap").astype(np.float32)
@@ -140,6 +148,23 @@ class Haadf:
         places = np.stack([(p / ANGSTROM_M + MARGIN_A) / self._sampling_A for p in (y_m, x_m)])
         signal = scipy.ndimage.map_coordinates(self._coefficients, places, order=3, mode="grid-wrap", prefilter=False)
         return np.asarray(np.maximum(signal, 0.0), np.float64)
+
+
+def _blurred(
+    f_y: NDArray[Any], f_x: NDArray[Any], wave_A: float, semiangle_rad: float, C10_m: float, aberrations: Aberrations
+) -> NDArray[np.complex128]:
+    """Transfer function of an aberrated probe's intensity over that of the focused one (rfft layout). Its modulus is at
+    most one; frequencies that the focused probe does not transfer stay out."""
+    theta_y, theta_x = f_y * wave_A, f_x * wave_A
+    theta = np.hypot(theta_y[:, None], theta_x)
+    pupil = np.clip((semiangle_rad - theta) / abs(theta_x[1]) + 0.5, 0.0, 1.0)
+    chi = 2 * np.pi / (wave_A * ANGSTROM_M) * phase_error(theta_y[:, None], theta_x[None, :], C10_m, aberrations)
+    transfers = [
+        scipy.fft.rfft2(np.abs(scipy.fft.ifft2(wave, workers=1)) ** 2, workers=1)
+        for wave in (pupil, pupil * np.exp(-1j * chi))
+    ]
+    sharp, blurred = transfers[0].real, transfers[1]
+    return np.where(sharp > 1e-4 * sharp[0, 0], blurred / np.maximum(sharp, 1e-4 * sharp[0, 0]), 0.0)
 
 
 def _hankel(radius: Array, profile: Array, finest: float) -> tuple[Array, Array]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pyfftw  # type: ignore[import-untyped]
@@ -35,6 +37,8 @@ config.set({"fftw.planning_effort": "FFTW_ESTIMATE"})
 WINDOW_A = 32.0
 #: Rows and columns of a pattern: +-1 / A.
 CBED_PIXELS = 64
+#: Aberrations beyond defocus [m]: C12a, C12b, C21a, C21b, C23a, C23b, C30.
+Aberrations = tuple[float, ...]
 #: Standard deviation of a Gaussian in full widths at half maximum.
 FWHM_TO_SIGMA = 1 / (2 * math.sqrt(2 * math.log(2)))
 
@@ -44,6 +48,22 @@ def camera(energy_eV: float) -> Camera:
     wavelength / 32 A, the undiffracted beam at (32, 32)."""
     pixel_rad = wavelength_m(energy_eV) / (WINDOW_A * ANGSTROM_M)
     return Camera((CBED_PIXELS, CBED_PIXELS), pixel_rad, (CBED_PIXELS / 2, CBED_PIXELS / 2))
+
+
+def phase_error(theta_y: NDArray[Any], theta_x: NDArray[Any], C10_m: float, aberrations: Aberrations) -> NDArray[Any]:
+    """Path difference [m] of the probe at the angles ``theta_y``, ``theta_x`` [rad]; chi is 2 pi / lambda times this.
+
+    C10 t^2 / 2 + |C12| t^2 cos 2(p - p12) / 2 + |C21| t^3 cos(p - p21) / 3 + |C23| t^3 cos 3(p - p23) / 3 + C30 t^4 / 4
+    with t, p the angle and its azimuth from +x towards +y (see :class:`stemloop.core.instruction.Optics`).
+    """
+    omega = theta_x + 1j * theta_y
+    squared = np.abs(omega) ** 2
+    path = C10_m * squared / 2
+    if any(aberrations):
+        C12, C21, C23 = (complex(a, -b) for a, b in zip(aberrations[0:6:2], aberrations[1:6:2], strict=True))
+        path = path + (C12 * omega**2).real / 2 + squared * (C21 * omega).real / 3 + (C23 * omega**3).real / 3
+        path = path + aberrations[6] * squared**2 / 4
+    return np.asarray(path)
 
 
 def transmission(atoms: Atoms, energy_eV: float, sampling_A: float, slice_A: float, band_limit: bool = True) -> Complex:
@@ -148,6 +168,7 @@ class Scattering:
         plan = functools.partial(pyfftw.FFTW, self._wave, self._wave, axes=(0, 1), flags=("FFTW_ESTIMATE",), threads=1)
         self._to_specimen, self._to_camera = plan(direction="FFTW_BACKWARD"), plan(direction="FFTW_FORWARD")
         self._probe = functools.lru_cache(maxsize=8)(self._make_probe)
+        self._ring = functools.lru_cache(maxsize=8)(self._make_ring)
         self._propagator = functools.lru_cache(maxsize=8)(self._make_propagator)
 
     @property
@@ -162,6 +183,7 @@ class Scattering:
         C10_m: float = 0.0,
         tilt_rad: tuple[float, float] = (0.0, 0.0),
         source_fwhm_m: float = 0.0,
+        aberrations: Aberrations = (),
     ) -> NDArray[np.float32]:
         """The pattern (64, 64) of a probe at ``position_m`` (y, x) [m]: the fraction of the beam in each pixel.
 
@@ -170,17 +192,53 @@ class Scattering:
         semiangle_rad : convergence semiangle [rad]. C10_m : defocus with ``chi = pi / lambda C10 theta^2`` [m].
         tilt_rad : specimen tilt (y, x) [rad]: the zone axis leans towards +y, +x along the beam.
         source_fwhm_m : full width at half maximum of the Gaussian source at the specimen [m].
+        aberrations : those beyond defocus, or none.
         """
-        if source_fwhm_m == 0.0:
-            return self._pattern(position_m, 0, semiangle_rad, C10_m, tilt_rad)
-        radius = math.sqrt(2) * FWHM_TO_SIGMA * source_fwhm_m
         total = np.zeros((CBED_PIXELS, CBED_PIXELS), np.float32)
+        for point, configuration in (source := list(self._source(position_m, source_fwhm_m))):
+            wave = self.exit_spectrum(point, semiangle_rad, C10_m, tilt_rad, configuration, aberrations)[self._kept]
+            total += wave.real**2 + wave.imag**2
+        total /= len(source)
+        return total
+
+    def ring(
+        self,
+        position_m: tuple[float, float],
+        ring_rad: tuple[float, float],
+        semiangle_rad: float,
+        C10_m: float = 0.0,
+        tilt_rad: tuple[float, float] = (0.0, 0.0),
+        source_fwhm_m: float = 0.0,
+        aberrations: Aberrations = (),
+    ) -> float:
+        """The fraction of the beam that arrives between two angles [rad], the inner one included."""
+        mask, total = self._ring(ring_rad), 0.0
+        for point, configuration in (source := list(self._source(position_m, source_fwhm_m))):
+            wave = self.exit_spectrum(point, semiangle_rad, C10_m, tilt_rad, configuration, aberrations)[mask]
+            total += float(np.vdot(wave, wave).real)
+        return total / len(source)
+
+    @property
+    def largest_rad(self) -> float:
+        """The largest angle [rad] that the grid holds."""
+        return self._wavelength_A / (3 * self.sampling_A)
+
+    def _make_ring(self, ring_rad: tuple[float, float]) -> NDArray[np.bool_]:
+        theta = self._wavelength_A * np.hypot(self._k[:, None], self._k)
+        return np.asarray((theta >= ring_rad[0]) & (theta < ring_rad[1]))
+
+    def _source(
+        self, position_m: tuple[float, float], source_fwhm_m: float
+    ) -> Iterator[tuple[tuple[float, float], int]]:
+        """The points of the source at the specimen, and the configuration that each one sees."""
+        if source_fwhm_m == 0.0:
+            yield position_m, 0
+            return
+        radius = math.sqrt(2) * FWHM_TO_SIGMA * source_fwhm_m
         for i in range(self.source_points):
             angle = 2 * math.pi * (i + 0.25) / self.source_points
             point = (position_m[0] + radius * math.sin(angle), position_m[1] + radius * math.cos(angle))
-            total += self._pattern(point, i % self.configurations, semiangle_rad, C10_m, tilt_rad)
-        total /= self.source_points
-        return total
+            yield point, i % self.configurations
 
     def exit_spectrum(
         self,
@@ -189,6 +247,7 @@ class Scattering:
         C10_m: float = 0.0,
         tilt_rad: tuple[float, float] = (0.0, 0.0),
         configuration: int = 0,
+        aberrations: Aberrations = (),
     ) -> Complex:
         """The exit wave in the back focal plane (n, n), zero frequency first, of a coherent probe in one
         configuration. Its squared modulus sums to one where nothing was lost. The array is reused by the next call."""
@@ -200,7 +259,7 @@ class Scattering:
         shift_y = np.exp(-k * (y - row * self.sampling_A)).astype(np.complex64)
         shift_x = np.exp(-k * (x - column * self.sampling_A)).astype(np.complex64)
         wave, propagator = self._wave, self._propagator(tilt_rad)
-        np.multiply(self._probe(semiangle_rad, C10_m), shift_y[:, None], out=wave)
+        np.multiply(self._probe(semiangle_rad, C10_m, aberrations), shift_y[:, None], out=wave)
         wave *= shift_x
         self._to_specimen.execute()
         for piece in slices[:-1]:
@@ -212,17 +271,6 @@ class Scattering:
         self._to_camera.execute()
         wave *= self._exit_band
         return wave
-
-    def _pattern(
-        self,
-        position_m: tuple[float, float],
-        configuration: int,
-        semiangle_rad: float,
-        C10_m: float,
-        tilt_rad: tuple[float, float],
-    ) -> NDArray[np.float32]:
-        wave = self.exit_spectrum(position_m, semiangle_rad, C10_m, tilt_rad, configuration)[self._kept]
-        return wave.real**2 + wave.imag**2
 
     def _window(self, slices: Complex, row: int, column: int) -> Complex:
         height, width = slices.shape[1:]
@@ -237,14 +285,18 @@ class Scattering:
         wrapped = (np.arange(rows.start, rows.stop) % height, np.arange(columns.start, columns.stop) % width)
         return slices[:, wrapped[0][:, None], wrapped[1]]
 
-    def _make_probe(self, semiangle_rad: float, C10_m: float) -> Complex:
-        """Aperture and defocus in Fourier space; the edge pixels carry their share, as abTEM's soft aperture."""
+    def _make_probe(self, semiangle_rad: float, C10_m: float, aberrations: Aberrations) -> Complex:
+        """Aperture and aberrations in Fourier space; the edge pixels carry their share, as abTEM's soft aperture."""
         theta = self._wavelength_A * np.hypot(self._k[:, None], self._k)
         pixel = self._wavelength_A * self._k[1]
         if semiangle_rad < pixel:
             raise InputError(f"semiangle_rad {semiangle_rad:g} is below one pixel ({pixel:.2g} rad) of the simulation.")
         amplitude = np.clip((semiangle_rad - theta) / pixel + 0.5, 0.0, 1.0) * self._band
         chi = np.pi / self._wavelength_A * (C10_m / ANGSTROM_M) * theta**2
+        if any(aberrations):
+            angle = self._wavelength_A * self._k
+            path_m = phase_error(angle[:, None], angle[None, :], 0.0, aberrations)
+            chi = chi + 2 * np.pi / (self._wavelength_A * ANGSTROM_M) * path_m
         probe = amplitude * np.exp(-1j * chi)
         return np.asarray(probe / np.linalg.norm(probe), np.complex64)
 

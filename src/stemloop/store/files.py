@@ -1,12 +1,13 @@
 """Sealed files: the frames of a run in one HDF5 file that many programs open.
 
-One copy of the bytes in several dialects, by attributes and hard links alone: NeXus (``/entry``, an NXentry in the
-manner of NXem, with one NXdata a stream), EMD 1.0 (``emd_group_type`` ``root`` and ``array``, ``dim0`` ...) and NCEM's
-EMD 0.2 (``/ncem``, ``emd_group_type`` 1, ``dim1`` ...). Only filters that every HDF5 library has (shuffle, deflate).
+One copy of the bytes in the dialects of :mod:`stemloop.store.dialects`, and each byte under a checksum by
+:mod:`stemloop.store.chart`. The profile ``portable`` uses filters that every HDF5 library has (shuffle, deflate);
+``working`` keeps blocks as they were landed, whatever their codec, so that nothing is packed twice.
 
 A row of a stream's ``data`` is a frame that was recorded; ``/entry/frames/<stream>`` says which: ``sequence`` (its
-number), ``crc32c`` (of its bytes), ``position`` ((y, x) [m], NaN where none was given) and, as an attribute,
-``missing`` (ranges of numbers that never came). An empty frame and a missing one are never confused.
+number), ``position`` ((y, x) [m], NaN where none was given) and, as attributes, ``missing`` (ranges of numbers that
+never came) and ``declared_lost``. If the calibration names a ``scan``, ``data`` is (rows, columns, ...) of the scan
+instead, and the places of missing frames are zeros. An empty frame and a missing one are never confused.
 
 The file is written by a child process, because the HDF5 library takes its process with it when the disk is full. It
 is written under another name, read back and compared, flushed, and only then renamed.
@@ -14,47 +15,47 @@ is written under another name, read back and compared, flushed, and only then re
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import os
-import re
 import shutil
 import struct
 import sys
-import time
-from collections.abc import Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import google_crc32c
-import h5py
 import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
 from stemloop.core.errors import InputError, IntegrityError, StorageError, UnreadableFile
-from stemloop.core.protocols import Batch
+from stemloop.core.protocols import Batch, Encoded
 from stemloop.core.signal import Axis, Signal
-from stemloop.store import guard, sandbox
+from stemloop.core.spans import Span
+from stemloop.store import sandbox, sealing
+from stemloop.store.chart import Flaw, Set
+from stemloop.store.sealed import Sealed
+from stemloop.store.sealing import Known, frame_axes, summary
 
-VERSION = 1
-_MARK = "stemloop_sealed"
-_DIGEST = "content_sha256"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+PROFILES = ("portable", "working")
 _LENGTHS = struct.Struct("<IQ")
-_CHUNK_BYTES = 1 << 20
-_CACHE_BYTES = 64 << 20
-_FRAME_AXES = {0: (), 1: ("energy_loss",), 2: ("y", "x"), 3: ("channel", "y", "x")}
+_RAW = "raw"
+
+Decoder = Callable[[Encoded], NDArray[Any]]
 
 
 def seal(
-    batches: Iterable[Batch],
+    blocks: Iterable[Batch | Encoded],
     path: str | os.PathLike[str],
     *,
     run: Mapping[str, Any],
     calibrations: Mapping[str, Mapping[str, Any]] | None = None,
     positions: Mapping[str, NDArray[np.float64]] | None = None,
+    logs: Mapping[str, Mapping[str, Any]] | None = None,
+    lost: Mapping[str, Sequence[Span]] | None = None,
+    meta: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    profile: str = "portable",
     overwrite: bool = False,
     timeout_s: float = 3600.0,
 ) -> dict[str, Any]:
@@ -62,41 +63,82 @@ def seal(
 
     Parameters
     ----------
-    batches : the frames, checked by whoever yields them (a landing log does). Of repeated numbers the first is kept.
+    blocks : the frames, checked by whoever yields them (a landing log does), unpacked or not. Of repeated numbers the
+        first is kept. Blocks of a codec that HDF5 does not know can only be sealed with the profile ``working``.
     path : the file to make. It appears only when it is whole.
     run : what is known of the run, JSON-able. ``start_time`` (ISO 8601), ``title``, ``sample`` (``is_simulation``,
         ``preparation_date``, ``atom_types``) go where NXem wants them; all of it is kept as JSON.
     calibrations : for each stream a dictionary. ``axes`` has one entry a dimension of a frame: an
         :class:`~stemloop.core.signal.Axis` or ``{"name", "scale", "offset", "unit"}``; or one of ``pixel_m`` (images,
-        [m]), ``pixel_rad`` with ``centre_px`` (CBED), ``energy_loss`` (offset, scale, size) [eV] is enough. Everything
-        else in it is kept as JSON.
+        [m]), ``pixel_rad`` with ``centre_px`` (CBED), ``energy_loss`` (offset, scale, size) [eV] is enough. ``scan``
+        (``{"shape": (rows, columns), "axes": two entries}``) says that frame k belongs to place k of a scan, row by
+        row. Everything else in it is kept as JSON.
     positions : for each stream (n, 2) (y, x) [m]; row k belongs to the frame with sequence number k.
+    logs : the state and sensors as time series: ``time`` (n,) [s] after ``start`` (ISO 8601), ``value`` (n,),
+        ``unit``, ``description``; each becomes an NXlog.
+    lost : for each stream the ranges of numbers that were declared lost.
+    meta : what travelled with the blocks, by dataset, if it is not in the blocks any more.
+    profile : ``portable`` or ``working``.
     overwrite : replace a file that is there.
 
     Returns
     -------
-    ``path``, ``bytes``, ``sha256`` of the file, and ``streams``: what :func:`verify` says.
+    ``path``, ``bytes``, and ``streams``: what :func:`verify` says.
 
     Errors: :class:`StorageError` (full, read-only, not writable), :class:`InputError`, :class:`IntegrityError` (what
     was read back differs; nothing appears under ``path``).
     """
+    told = known(run, calibrations, positions, logs, lost, meta, profile)
+    return seal_in_child("stemloop.store.files:write", {}, path, told, blocks, overwrite, timeout_s)
+
+
+def known(
+    run: Mapping[str, Any],
+    calibrations: Mapping[str, Mapping[str, Any]] | None = None,
+    positions: Mapping[str, NDArray[np.float64]] | None = None,
+    logs: Mapping[str, Mapping[str, Any]] | None = None,
+    lost: Mapping[str, Sequence[Span]] | None = None,
+    meta: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    profile: str = "portable",
+) -> Known:
+    """What :func:`seal` is told besides the frames, as plain numbers and words."""
+    return Known(
+        run=_plain(run),
+        calibrations=_plain(calibrations or {}),
+        positions={stream: _table(stream, places) for stream, places in (positions or {}).items()},
+        logs=_plain(logs or {}),
+        lost=_plain(lost or {}),
+        meta=_plain(meta or {}),
+        profile=profile,
+    )
+
+
+def seal_in_child(
+    function: str,
+    arguments: dict[str, Any],
+    path: str | os.PathLike[str],
+    told: Known,
+    blocks: Iterable[Batch | Encoded] = (),
+    overwrite: bool = False,
+    timeout_s: float = 3600.0,
+) -> dict[str, Any]:
+    """Seal with ``function`` (``module:name``), called in a child process as :func:`write` is; see :func:`seal`."""
+    if told.profile not in PROFILES:
+        raise InputError(f"{told.profile!r} is no profile of a sealed file; choose one of {', '.join(PROFILES)}.")
     target = Path(path)
     _writable(target, overwrite)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    arguments = {"path": str(part.absolute()), "run": _plain(run)}
-    feed = _feed(batches, calibrations or {}, positions or {})
     try:
         with sandbox.scratch() as folder:
             streams = sandbox.call(
-                "stemloop.store.files:write",
-                arguments,
+                function,
+                {"path": str(part.absolute()), **arguments},
                 folder,
                 timeout_s=timeout_s,
                 memory_MB=4096,
-                feed=feed,
+                feed=_feed(told, blocks),
                 grow=True,
             )
-        digest = _sha256(part)
         os.replace(part, target)
         _sync_folder(target.absolute().parent)
     except sandbox.ChildDied as death:
@@ -111,15 +153,15 @@ def seal(
         raise StorageError(f"cannot write {target}: {error.strerror}. Choose another folder, or make room.") from None
     finally:
         part.unlink(missing_ok=True)
-    return {"path": str(target), "bytes": target.stat().st_size, "sha256": digest, "streams": streams}
+    return {"path": str(target), "bytes": target.stat().st_size, "streams": streams}
 
 
 def verify(path: str | os.PathLike[str], *, timeout_s: float = 3600.0) -> dict[str, dict[str, Any]]:
-    """Read every frame of a sealed file and compare it with its checksum, and everything else with the file's digest.
+    """Compare every byte of a sealed file with its checksum.
 
-    Returns for each dataset ``frames``, ``missing`` (ranges (first, stop)), ``dtype`` and ``shape``. Anything that is
-    not as it was written is an :class:`IntegrityError` that says what; a file that is not a sealed one an
-    :class:`UnreadableFile`. The reading is done by a child process, since damaged HDF5 can crash its library.
+    Returns for each dataset ``frames``, ``missing`` (ranges (first, stop)), ``dtype``, ``shape`` and ``codec``.
+    Anything that is not as it was written is an :class:`IntegrityError` that names the place; a file that is not a
+    sealed one an :class:`UnreadableFile`. A child process does the reading, since a file may be hostile.
     """
     with sandbox.scratch() as folder:
         arguments = {"path": str(Path(path).absolute())}
@@ -132,48 +174,99 @@ def verify(path: str | os.PathLike[str], *, timeout_s: float = 3600.0) -> dict[s
     return found
 
 
+def check(path: str, folder: Path | None = None) -> dict[str, dict[str, Any]]:
+    """:func:`verify` in this very process."""
+    with Sealed(path) as file:
+        flaws = file.flaws()
+        if flaws:
+            more = f" (and {len(flaws) - 1} more places)" if len(flaws) > 1 else ""
+            raise IntegrityError(f"{path}: {flaws[0]}{more}. Save what is good with: stemloop file repair")
+        return {entry.name: summary(entry) for entry in file.chart.sets}
+
+
+def flaws(path: str | os.PathLike[str]) -> list[Flaw]:
+    """Every damaged place of a sealed file."""
+    with Sealed(path) as file:
+        return file.flaws()
+
+
 def is_sealed(path: str | os.PathLike[str]) -> bool:
     """Whether ``path`` is a file that :func:`seal` made."""
     try:
-        with h5py.File(path, "r", locking=False) as file:
-            return _MARK in file.attrs
-    except OSError:
+        Sealed(path).close()
+    except UnreadableFile:
         return False
+    except IntegrityError:
+        return True
+    return True
 
 
-def read_sealed(path: str | os.PathLike[str], *, checked: bool = True) -> list[Signal]:
-    """The streams of a sealed file, (frame, ...) each, sorted by sequence number.
+def repair(path: str | os.PathLike[str], out: str | os.PathLike[str], *, overwrite: bool = False) -> dict[str, Any]:
+    """Copy all frames of a damaged sealed file that fit their checksums into a new one; the others are declared lost.
+
+    Returns what :func:`seal` returns, and ``lost``: for each dataset the ranges of numbers that were given up. The
+    damaged file stays as it is.
+    """
+    given_up: dict[str, list[Span]] = {}
+    with Sealed(path) as file:
+        known = Known.from_story(file.chart.story)
+        lost = {stream: [tuple(span) for span in spans] for stream, spans in known.lost.items()}
+        for flaw in file.flaws():
+            if flaw.frames is not None:
+                name, row, stop = flaw.frames
+                gone = file.numbers(name, row, stop)
+                given_up.setdefault(name, []).extend(gone)
+                lost.setdefault(file.set(name).stream, []).extend(gone)
+        if all(len(entry.stored) == _size(given_up.get(entry.name, [])) for entry in file.chart.sets):
+            raise IntegrityError(f"{path}: no frame of it is left that fits its checksum.")
+        known = replace(known, lost=_plain(lost), run={**known.run, "repaired_from": os.path.basename(os.fspath(path))})
+        made = seal_in_child("stemloop.store.files:write", {}, out, known, _salvaged(file), overwrite)
+    return {**made, "lost": given_up}
+
+
+def _size(spans: list[Span]) -> int:
+    return sum(stop - first for first, stop in spans)
+
+
+def _salvaged(file: Sealed) -> Iterator[Batch | Encoded]:
+    for entry in file.chart.sets:
+        yield from file.salvage(entry.name)
+
+
+def read_sealed(path: str | os.PathLike[str], *, checked: bool = True, decode: Decoder | None = None) -> list[Signal]:
+    """The streams of a sealed file, (frame, ...) each, sorted by sequence number; (rows, columns, ...) of a scan that
+    is complete.
 
     ``metadata`` has ``stream``, ``sequence`` (n,), ``missing``, ``position_m`` (n, 2), ``calibration``, ``run`` and
-    ``meta`` (what travelled with the batches). ``checked`` compares everything with its checksums first.
+    ``meta`` (what travelled with the batches). ``checked`` compares everything with its checksums first; the frames
+    themselves are always compared.
     """
     if checked:
         check(os.fspath(path))
-    signals = []
-    with _open(path) as file:
-        run = json.loads(file["entry/run"][()])
-        for name in sorted(file["entry/frames"]):
-            group, book = file["entry"][name], file["entry/frames"][name]
-            sequence = book["sequence"][:]
-            order = np.argsort(sequence, kind="stable")
-            data = group["data"][:]
-            if np.any(np.diff(order) != 1):
-                data, sequence = data[order], sequence[order]
-            frame = Axis("frame", len(data), 1.0, 0.0, "")
-            axes = (frame, *(Axis(**axis) for axis in json.loads(book.attrs["axes"])))
-            metadata = {
-                "title": name,
-                "reader": "stemloop",
-                "stream": str(book.attrs["stream"]),
-                "sequence": sequence,
-                "missing": book.attrs["missing"].tolist(),
-                "position_m": book["position"][:][order],
-                "calibration": json.loads(book.attrs["calibration"]),
-                "meta": json.loads(book["meta"][()]),
-                "run": run,
-            }
-            signals.append(Signal(data, axes, metadata))
-    return signals
+    with Sealed(path, decode) as file:
+        known = Known.from_story(file.chart.story)
+        return [_signal(file, entry, known) for entry in file.chart.sets]
+
+
+def _signal(file: Sealed, entry: Set, known: Known) -> Signal:
+    parts = list(file.batches(entry.name))
+    data = np.concatenate([batch.frames for batch in parts])
+    sequence = np.concatenate([np.arange(b.first, b.first + len(b.frames)) for b in parts])
+    calibration = known.calibrations.get(entry.stream, {})
+    lead = sealing.lead_axes(calibration, entry.scan if entry.scan and not entry.missing else (len(data),))
+    axes = (*lead, *frame_axes(calibration, entry.shape))
+    metadata = {
+        "title": entry.name,
+        "reader": "stemloop",
+        "stream": entry.stream,
+        "sequence": sequence,
+        "missing": [list(span) for span in entry.missing],
+        "position_m": sealing.places(known.positions.get(entry.stream), sequence),
+        "calibration": calibration,
+        "meta": known.meta.get(entry.name, []),
+        "run": known.run,
+    }
+    return Signal(data.reshape([axis.size for axis in lead] + list(entry.shape)), axes, metadata)
 
 
 # ------------------------------------------------------------------------------------------------ in the parent
@@ -201,11 +294,6 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -218,311 +306,91 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
 
 
-def _message(head: dict[str, Any], payload: bytes) -> bytes:
+def _table(stream: str, places: Any) -> NDArray[np.float64]:
+    table = np.ascontiguousarray(places, "<f8")
+    if table.ndim != 2 or table.shape[1] != 2:
+        raise InputError(f"positions of stream {stream!r} are (n, 2); got shape {table.shape}.")
+    return table
+
+
+def _message(head: dict[str, Any], payload: bytes = b"") -> bytes:
     body = msgpack.packb(head)
     return _LENGTHS.pack(len(body), len(payload)) + body + payload
 
 
-def _feed(
-    batches: Iterable[Batch],
-    calibrations: Mapping[str, Mapping[str, Any]],
-    positions: Mapping[str, NDArray[np.float64]],
-) -> Iterator[bytes]:
-    """What the child reads: what is known of the streams, then the batches, then an end mark."""
-    for stream, calibration in calibrations.items():
-        yield _message({"kind": "calibration", "stream": stream, "calibration": _plain(calibration)}, b"")
-    for stream, places in positions.items():
-        table = np.ascontiguousarray(places, "<f8")
-        if table.ndim != 2 or table.shape[1] != 2:
-            raise InputError(f"positions of stream {stream!r} are (n, 2); got shape {table.shape}.")
-        yield _message({"kind": "positions", "stream": stream}, table.tobytes())
-    for batch in batches:
-        if not _NAME.fullmatch(batch.stream):
-            raise InputError(f"a stream's name is letters, digits, '_', '-' and '.'; got {batch.stream!r}.")
-        head = {
-            "kind": "frames",
-            "stream": batch.stream,
-            "first": int(batch.first),
-            "dtype": batch.frames.dtype.str,
-            "shape": list(batch.frames.shape),
-            "meta": _plain(batch.meta),
-            "crc32c": [_crc32c(frame) for frame in batch.frames],
-        }
-        yield _message(head, batch.frames.tobytes())
-    yield _message({"kind": "end"}, b"")
+def _feed(known: Known, blocks: Iterable[Batch | Encoded]) -> Iterator[bytes]:
+    """What the child reads: what is known, then the blocks, then an end mark."""
+    yield _message({**vars(known), "positions": {}})
+    for stream, table in known.positions.items():
+        yield _message({"stream": stream}, table.tobytes())
+    yield _message({})
+    for block in blocks:
+        entry = _raw(block) if isinstance(block, Batch) else block
+        head = {**vars(entry), "first": int(entry.first), "shape": list(entry.shape), "meta": _plain(entry.meta)}
+        payload = head.pop("payload")
+        yield _message(head, payload)
+    yield _message({})
 
 
-def _crc32c(frame: NDArray[Any]) -> int:
-    return int(google_crc32c.value(frame.tobytes()))
+def _raw(batch: Batch) -> Encoded:
+    frames = batch.frames
+    first, n, shape = int(batch.first), len(frames), frames.shape[1:]
+    return Encoded(batch.stream, first, n, shape, frames.dtype.str, _RAW, frames.tobytes(), batch.meta)
 
 
 # ------------------------------------------------------------------------------------------------- in the child
 
 
-def write(path: str, run: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
+def write(path: str, folder: Path) -> dict[str, dict[str, Any]]:
     """Write the sealed file ``path`` from the messages on standard input, read it back, and flush it to the disk."""
-    with h5py.File(path, "w", libver=("v108", "v110"), rdcc_nbytes=_CACHE_BYTES) as file:
-        _Writer(file, run).take(sys.stdin.buffer)
-    found = check(path)
-    with open(path, "rb") as written:
-        os.fsync(written.fileno())
-    return found
+    known = read_known(sys.stdin.buffer)
+    with _Spool(sys.stdin.buffer, os.path.dirname(path)) as spool:
+        return sealing.write(path, spool, known)
+
+
+def read_known(source: BinaryIO) -> Known:
+    """What :func:`seal_in_child` knows, from the messages that come first."""
+    (head, _), *places = list(_messages(source))
+    tables = {place["stream"]: np.frombuffer(raw, "<f8").reshape(-1, 2) for place, raw in places}
+    return Known(**{**head, "positions": tables})
 
 
 def _messages(source: BinaryIO) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Messages up to the next empty one."""
     while True:
         lengths = source.read(_LENGTHS.size)
         if len(lengths) < _LENGTHS.size:
             raise InputError("the frames ended too early; nothing was sealed.")
         head_length, length = _LENGTHS.unpack(lengths)
         head = msgpack.unpackb(source.read(head_length))
-        if head["kind"] == "end":
+        if not head:
             return
         yield head, source.read(length)
 
 
-class _Writer:
-    """Lays out the file. ``books`` has for each dataset what is kept about its frames."""
+class _Spool:
+    """Blocks from a pipe, kept in a nameless file beside the one to be made, since they are looked at twice."""
 
-    def __init__(self, file: h5py.File, run: dict[str, Any]) -> None:
-        self.file = file
-        self.calibrations: dict[str, dict[str, Any]] = {}
-        self.positions: dict[str, NDArray[np.float64]] = {}
-        self.books: dict[tuple[str, str, tuple[int, ...]], dict[str, Any]] = {}
-        self.seen: dict[str, set[int]] = {}
-        file.attrs.update(NX_class="NXroot", default="entry", creator="stemloop")
-        file.attrs.update(emd_group_type="file", version_major=1, version_minor=0)
-        file.attrs.update(authoring_program="stemloop", authoring_user="", UUID=str(run.get("id", "")))
-        file.attrs[_MARK] = VERSION
-        entry = file.create_group("entry")
-        entry.attrs.update(NX_class="NXentry", emd_group_type="root", python_class="Root")
-        entry["definition"] = "NXem"
-        entry["title"] = str(run.get("title", ""))
-        entry["start_time"] = str(run.get("start_time") or time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()))
-        entry["run"] = json.dumps(run, sort_keys=True)
-        sample = run.get("sample")
-        if isinstance(sample, dict):
-            group = entry.create_group("sampleID")
-            group.attrs["NX_class"] = "NXsample"
-            for key in ("is_simulation", "preparation_date", "atom_types", "name"):
-                if isinstance(sample.get(key), (str, bool)):
-                    group[key] = sample[key]
-        entry.create_group("frames").attrs["NX_class"] = "NXcollection"
-        file.create_group("ncem")
-
-    def take(self, source: BinaryIO) -> None:
+    def __init__(self, source: BinaryIO, folder: str) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
+        self._heads: list[tuple[dict[str, Any], int]] = []
         for head, payload in _messages(source):
-            if head["kind"] == "calibration":
-                self.calibrations[head["stream"]] = head["calibration"]
-            elif head["kind"] == "positions":
-                self.positions[head["stream"]] = np.frombuffer(payload, "<f8").reshape(-1, 2)
-            else:
-                frames = np.frombuffer(payload, head["dtype"]).reshape(head["shape"])
-                self._add(head, frames)
-        if not self.books:
-            raise InputError("there are no frames to seal.")
-        for (stream, _, _), book in self.books.items():
-            self._finish(stream, book)
-        self.file["entry"].attrs["default"] = next(iter(self.books.values()))["name"]
-        self.file.attrs[_DIGEST] = _digest(self.file)
+            self._file.write(payload)
+            self._heads.append((head, len(payload)))
+        self._file.flush()
 
-    def _add(self, head: dict[str, Any], frames: NDArray[Any]) -> None:
-        stream, first = head["stream"], head["first"]
-        seen = self.seen.setdefault(stream, set())
-        new = [k for k in range(len(frames)) if first + k not in seen]
-        if not new:
-            return
-        seen.update(first + k for k in new)
-        book = self._book(stream, frames)
-        data, row = book["data"], len(book["sequence"])
-        data.resize(row + len(new), 0)
-        data[row:] = frames if len(new) == len(frames) else frames[new]
-        book["sequence"] += [first + k for k in new]
-        book["crc32c"] += [head["crc32c"][k] for k in new]
-        if head["meta"]:
-            book["meta"].append({"first": first, "n": len(frames), **head["meta"]})
+    def __enter__(self) -> _Spool:
+        return self
 
-    def _book(self, stream: str, frames: NDArray[Any]) -> dict[str, Any]:
-        """A stream whose frames change shape or type (images of several sizes) becomes several datasets."""
-        shape = frames.shape[1:]
-        key = (stream, frames.dtype.str, shape)
-        if key not in self.books:
-            count = sum(1 for other, _, _ in self.books if other == stream)
-            name = stream if not count else f"{count + 1}_{stream}"  # readers stack groups whose names begin alike
-            if name in self.file["entry"]:
-                raise InputError(f"a stream cannot be called {name!r}; that name is taken in the file.")
-            group = self.file["entry"].create_group(name)
-            side = max(1, _CHUNK_BYTES // max(1, frames.dtype.itemsize * math.prod(shape)))
-            data = group.create_dataset(
-                "data",
-                (0, *shape),
-                frames.dtype,
-                maxshape=(None, *shape),
-                chunks=(side, *shape),
-                shuffle=True,
-                compression="gzip",
-                compression_opts=1,
-            )
-            self.books[key] = {"name": name, "data": data, "sequence": [], "crc32c": [], "meta": []}
-        return self.books[key]
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
-    def _finish(self, stream: str, book: dict[str, Any]) -> None:
-        name, data = book["name"], book["data"]
-        calibration = self.calibrations.get(stream, {})
-        axes = frame_axes(calibration, data.shape[1:])
-        self._dialects(name, data, [Axis("frame", len(data), 1.0, 0.0, ""), *axes])
-        shelf = self.file["entry/frames"].create_group(name)
-        sequence = np.array(book["sequence"], np.int64)
-        shelf["sequence"] = sequence
-        shelf["crc32c"] = np.array(book["crc32c"], np.uint32)
-        shelf["position"] = self._places(stream, sequence)
-        shelf["position"].attrs["units"] = "m"
-        shelf["meta"] = json.dumps(book["meta"])
-        shelf.attrs["NX_class"] = "NXcollection"
-        shelf.attrs["stream"] = stream
-        shelf.attrs["missing"] = _missing(self.seen[stream])
-        shelf.attrs["calibration"] = json.dumps(calibration, sort_keys=True)
-        shelf.attrs["axes"] = json.dumps([vars(axis) for axis in axes])
+    def heads(self) -> Iterator[tuple[Encoded, int]]:
+        for head, size in self._heads:
+            yield Encoded(**{**head, "shape": tuple(head["shape"])}, payload=b""), size
 
-    def _places(self, stream: str, sequence: NDArray[np.int64]) -> NDArray[np.float64]:
-        table = self.positions.get(stream, np.empty((0, 2)))
-        places = np.full((len(sequence), 2), np.nan)
-        known = sequence < len(table)
-        places[known] = table[sequence[known]]
-        return places
-
-    def _dialects(self, name: str, data: h5py.Dataset, axes: list[Axis]) -> None:
-        group = data.parent
-        group.attrs.update(NX_class="NXdata", signal="data", emd_group_type="array", python_class="Array", title=name)
-        group.attrs["axes"] = [axis.name for axis in axes]
-        data.attrs.update(units="counts", long_name=name)
-        ncem = self.file["ncem"].create_group(name)
-        ncem.attrs["emd_group_type"] = 1
-        ncem["data"] = data
-        for i, axis in enumerate(axes):
-            unit = "" if axis.unit == "px" else axis.unit
-            values = group.create_dataset(axis.name, data=axis.values)
-            values.attrs.update(units=unit, name=axis.name, long_name=axis.name)
-            values.make_scale(axis.name)
-            data.dims[i].attach_scale(values)
-            group.attrs[f"{axis.name}_indices"] = i
-            ncem[f"dim{i + 1}"] = values
-            ends = group.create_dataset(f"dim{i}", data=axis.offset + axis.scale * np.arange(2.0))
-            ends.attrs.update(name=axis.name, units=unit)
-
-
-def frame_axes(calibration: Mapping[str, Any], shape: tuple[int, ...]) -> list[Axis]:
-    """The axes of one frame of ``shape`` as a stream's ``calibration`` tells them (see :func:`seal`)."""
-    given = calibration.get("axes")
-    if given is not None:
-        if len(given) != len(shape):
-            raise InputError(f"the calibration has {len(given)} axes; a frame of shape {shape} has {len(shape)}.")
-        made = []
-        for entry, size in zip(given, shape, strict=True):
-            fields = {**(vars(entry) if isinstance(entry, Axis) else entry), "size": size}
-            made.append(Axis(**fields))
-        return made
-    if len(shape) == 1 and "energy_loss" in calibration:
-        offset, scale = calibration["energy_loss"][:2]
-        return [Axis("energy_loss", shape[0], float(scale), float(offset), "eV")]
-    if len(shape) == 2 and "pixel_rad" in calibration:
-        pixel = float(calibration["pixel_rad"])
-        centre = calibration.get("centre_px") or (0.0, 0.0)
-        dets = ("det_y", "det_x")
-        return [Axis(n, s, pixel, -pixel * float(c), "rad") for n, s, c in zip(dets, shape, centre, strict=True)]
-    if len(shape) == 2 and "pixel_m" in calibration:
-        pixels = np.broadcast_to(np.asarray(calibration["pixel_m"], float), 2)
-        return [Axis(n, s, float(p), 0.0, "m") for n, s, p in zip(("y", "x"), shape, pixels, strict=True)]
-    names = _FRAME_AXES.get(len(shape), tuple(f"axis_{i}" for i in range(len(shape))))
-    return [Axis("channel" if name == "energy_loss" else name, size) for name, size in zip(names, shape, strict=True)]
-
-
-def _missing(numbers: set[int]) -> NDArray[np.int64]:
-    """Ranges (first, stop) between 0 and the largest number that are not in ``numbers``."""
-    there = np.array(sorted(numbers), np.int64)
-    before = np.concatenate([[-1], there[:-1]])
-    holes = there - before > 1
-    return np.stack([before[holes] + 1, there[holes]], axis=1)
-
-
-# ------------------------------------------------------------------------------------------------------ checking
-
-
-def _open(path: str | os.PathLike[str]) -> h5py.File:
-    name = os.path.basename(os.fspath(path))
-    if not os.path.isfile(path):
-        raise UnreadableFile(f"there is no file {path}.")
-    if not is_sealed(path):
-        raise UnreadableFile(f"{name} is no sealed file, or its beginning is damaged.")
-    guard.check(os.fspath(path))
-    return h5py.File(path, "r", locking=False)
-
-
-def check(path: str, folder: Path | None = None) -> dict[str, dict[str, Any]]:
-    """:func:`verify` in this very process."""
-    try:
-        with _open(path) as file:
-            return _check(file, path)
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise IntegrityError(f"{path} is damaged: {' '.join(str(error).split())[:160]}.") from None
-
-
-def _check(file: h5py.File, path: str) -> dict[str, dict[str, Any]]:
-    found = {}
-    for name in file["entry/frames"]:
-        data, book = file["entry"][name]["data"], file["entry/frames"][name]
-        wanted, sequence = book["crc32c"][:], book["sequence"][:]
-        if not len(data) == len(wanted) == len(sequence):
-            raise IntegrityError(f"{path}: {name} has {len(data)} frames and {len(wanted)} checksums.")
-        step = data.chunks[0]
-        for row in range(0, len(data), step):
-            numbers = f"{name}, frames {sequence[row]} to {sequence[min(row + step, len(data)) - 1]}"
-            try:
-                frames = data[row : row + step]
-            except OSError as error:
-                raise IntegrityError(f"{path}: {numbers} cannot be unpacked ({error}).") from None
-            for k, frame in enumerate(frames, row):
-                if _crc32c(frame) != wanted[k]:
-                    raise IntegrityError(f"{path}: {name}, frame {sequence[k]} is not what was recorded.")
-        missing = [tuple(span) for span in book.attrs["missing"].tolist()]
-        found[name] = {"frames": len(data), "missing": missing, "dtype": data.dtype.str, "shape": list(data.shape[1:])}
-    if file.attrs.get(_DIGEST) != _digest(file):
-        raise IntegrityError(f"{path}: positions, axes or metadata are not what was written.")
-    return found
-
-
-def _digest(file: h5py.File) -> str:
-    """SHA-256 of everything but the frames (which have their own checksums) and this digest itself."""
-    digest = hashlib.sha256()
-
-    def note(*words: Any) -> None:
-        for word in words:
-            raw = word if isinstance(word, bytes) else str(word).encode()
-            digest.update(struct.pack("<Q", len(raw)) + raw)
-
-    def attributes(item: Any) -> None:
-        for key in sorted(item.attrs):
-            if key in (_DIGEST, "REFERENCE_LIST", "DIMENSION_LIST"):  # references to places in the file
-                continue
-            value = np.asarray(item.attrs[key])
-            note(key, value.dtype, value.shape, value.tolist())
-
-    def visit(name: str, item: Any) -> None:
-        note(name)
-        attributes(item)
-        if isinstance(item, h5py.Dataset):
-            note(item.dtype, item.shape)
-            if item.chunks is None:
-                value = item[()]
-                note(value.tobytes() if isinstance(value, (np.ndarray, np.generic)) else value)
-
-    attributes(file)
-
-    def walk(group: Any, prefix: str) -> None:
-        for key in sorted(group):
-            visit(prefix + key, group[key])
-            if isinstance(group[key], h5py.Group):
-                walk(group[key], f"{prefix}{key}/")
-
-    walk(file, "/")
-    return digest.hexdigest()
+    def blocks(self) -> Iterator[Encoded]:
+        offset = 0
+        for block, size in self.heads():
+            yield replace(block, payload=os.pread(self._file.fileno(), size, offset))
+            offset += size

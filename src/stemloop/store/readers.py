@@ -60,7 +60,9 @@ _NOT_LOSS = ("EDS", "CL", "Luminescence")
 _ARRAYS = (".npy", ".npz")
 
 
-def read(path: str | os.PathLike[str], timeout_s: float = 60.0, memory_MB: float = 2048.0) -> list[Signal]:
+def read(
+    path: str | os.PathLike[str], timeout_s: float = 60.0, memory_MB: float = 2048.0, mapped: bool = False
+) -> list[Signal]:
     """The signals in the file ``path``, of any format that RosettaSciIO reads, ``.npy``, ``.npz`` or a sealed file.
 
     Parameters
@@ -68,6 +70,8 @@ def read(path: str | os.PathLike[str], timeout_s: float = 60.0, memory_MB: float
     path : the file.
     timeout_s : the reader is killed after this many seconds.
     memory_MB : most memory [MB] that the reader may take.
+    mapped : leave the arrays on the disk, in a file without a name that is gone when they are; they are read only
+        where they are touched. A ``.npy`` file is mapped itself, and no limit is then put on it.
 
     Returns
     -------
@@ -79,6 +83,8 @@ def read(path: str | os.PathLike[str], timeout_s: float = 60.0, memory_MB: float
     """
     name = Path(path).name
     _look(Path(path))
+    if mapped and Path(path).suffix.lower() == ".npy":
+        return _mapped(Path(path))
     with sandbox.scratch() as folder:
         arguments = {"path": str(Path(path).absolute())}
         try:
@@ -93,7 +99,7 @@ def read(path: str | os.PathLike[str], timeout_s: float = 60.0, memory_MB: float
             raise UnreadableFile(f"{name} could not be read: {error}") from None
         signals = []
         for i, entry in enumerate(found):
-            data = np.load(folder / f"{i}.npy", allow_pickle=False)
+            data = np.load(folder / f"{i}.npy", mmap_mode="r" if mapped else None, allow_pickle=False)
             signals.append(Signal(data, tuple(Axis(**axis) for axis in entry["axes"]), entry["metadata"]))
         return signals
 
@@ -176,6 +182,20 @@ def _arrays(path: str) -> list[Signal]:
         _signal({"data": data, "axes": [], "metadata": {"General": {"title": title}}}, "numpy", path)
         for title, data in arrays.items()
     ]
+
+
+def _mapped(path: Path) -> list[Signal]:
+    """A ``.npy`` file as it lies on the disk."""
+    try:
+        data = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UnreadableFile(f"{path.name} could not be read: {' '.join(str(error).split())[:160]}") from None
+    if data.dtype.kind not in "biufc":
+        raise UnreadableFile(f"{path.name} holds {data.dtype}; only numbers are read.")
+    names = _NAMES.get(data.ndim, tuple(f"axis_{k}" for k in range(data.ndim)))
+    axes = tuple(Axis(name, size) for name, size in zip(names, data.shape, strict=True))
+    metadata = {"title": path.stem, "reader": "numpy", "file": path.name, "uncalibrated": list(names)}
+    return [Signal(data, axes, metadata)]
 
 
 def _stay_home(path: str) -> None:

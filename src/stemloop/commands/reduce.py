@@ -1,0 +1,67 @@
+"""``reduce``: a recorded 4D-STEM file to maps."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+
+def add(verbs: Any) -> None:
+    """Add the verb."""
+    verb = verbs.add_parser("reduce", help="maps of a 4D-STEM file: detectors, centre of mass, phase, strain ...")
+    verb.add_argument("file", type=Path, metavar="FILE", help="a 4D-STEM file of any vendor, or .npy")
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for maps.h5 and report.html")
+    verb.add_argument(
+        "--fold", action="append", metavar="NAME", help="patterns, bf, abf, adf, haadf, com, dpc, radial, strain, ssb"
+    )
+    verb.add_argument("--threads", type=int, default=1, metavar="N", help="threads that fold (default 1)")
+    verb.add_argument("--memory-MB", type=float, default=2048.0, metavar="M", help="of the file's reader (2048)")
+    verb.add_argument("--pixel-mrad", type=float, metavar="A", help="angle of a detector pixel [mrad]")
+    verb.add_argument("--semiangle-mrad", type=float, metavar="A", help="of the probe [mrad]")
+    verb.add_argument("--energy-keV", type=float, metavar="E", help="of the beam [keV]")
+    verb.add_argument("--step-nm", type=float, metavar="S", help="of the scan [nm]")
+    verb.add_argument("--rotation-deg", type=float, metavar="R", help="of the camera against the scan (default: found)")
+    verb.set_defaults(do=_reduce)
+
+
+def _reduce(words: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from stemloop.campaign import reduction
+
+    def times(value: float | None, factor: float) -> float | None:
+        return None if value is None else value * factor
+
+    console = Console(stderr=True)
+    scan = reduction.open_scan(
+        words.file,
+        words.memory_MB,
+        pixel_rad=times(words.pixel_mrad, 1e-3),
+        semiangle_rad=times(words.semiangle_mrad, 1e-3),
+        energy_eV=times(words.energy_keV, 1e3),
+        step_m=times(words.step_nm, 1e-9),
+    )
+    with Progress(console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def tell(title: str, done: int, total: int) -> None:
+            if title not in tasks:
+                tasks[title] = bars.add_task(title, total=total)
+            bars.update(tasks[title], completed=done)
+
+        reduced = reduction.reduce_scan(
+            scan,
+            tuple(words.fold) if words.fold else reduction.USUAL,
+            threads=max(1, words.threads),
+            rotation_rad=times(words.rotation_deg, math.pi / 180),
+            progress=tell,
+        )
+    report = reduction.write(reduced, words.out)
+    for note in reduced.summary["notes"]:
+        print(f"note: {note}")
+    print(f"maps    {', '.join(reduced.maps)}")
+    print(f"report  {report.resolve()}")
+    return 0
