@@ -63,7 +63,7 @@ def test_an_unknown_part_of_nion_is_said_before_anything_is_made(tmp_path):
 
 
 def test_without_the_extra_its_name_is_said_before_anything_is_made(tmp_path, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("stemloop.instrument.nion")]:
+    for name in [name for name in sys.modules if name.startswith(("stemloop.instrument.nion", "nion."))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "nion", None)  # as if it were not installed
     with pytest.raises(MissingExtra, match=r"pip install 'stemloop\[nion\]'"):

@@ -217,14 +217,32 @@ def test_ctrl_c_leaves_no_instrument_and_says_how_to_go_on(recording, finished, 
     assert decisions(folder) == decisions(finished[0])
 
 
-@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs prlimit to shrink the disk of another process")
-@pytest.mark.parametrize("whose, records", [("the run's", 5), ("the instrument's", 12)])
-def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(recording, finished, tmp_path, whose, records):
+needs_prlimit = pytest.mark.skipif(
+    not hasattr(resource, "prlimit"), reason="needs prlimit to shrink the disk of another process"
+)
+
+
+@needs_prlimit
+def test_the_runs_disk_fills_and_it_waits_for_room(recording, finished, tmp_path):
     # a limit on the size of files stands for the full disk: whatever file grows beyond it cannot be written
     folder = tmp_path / "full"
-    process = begun(words_of(recording, folder), folder, records)
+    process = begun(words_of(recording, folder), folder, 5)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
+    said = process.stderr.readline().decode()
+    assert "waits" in said and str(folder) in said, said
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert process.wait(120) == 0
+    assert decisions(folder) == decisions(finished[0])
+    positions = exposed_positions(folder)
+    assert len(positions) == len(set(positions))
+
+
+@needs_prlimit
+def test_the_instruments_disk_fills_and_the_run_goes_on_when_there_is_room(recording, finished, tmp_path):
+    folder = tmp_path / "full"
+    process = begun(words_of(recording, folder), folder, 12)
     instrument = json.loads((folder / "instrument" / "address.json").read_text())["pid"]
-    resource.prlimit(process.pid if whose == "the run's" else instrument, resource.RLIMIT_FSIZE, (500, 500))
+    resource.prlimit(instrument, resource.RLIMIT_FSIZE, (500, 500))
     assert process.wait(120) == 2
     said = process.stderr.read().decode()
     assert str(folder) in said and len(said.strip().splitlines()) <= 2, said
