@@ -4,17 +4,17 @@ An encoded block is ``SLB1``, the CRC32C of everything that follows, the length 
 the codec's sections. Every changed byte is found. Each codec of :data:`CODECS` is without loss; a single frame is read
 without decoding the others (``intensity``: the others of its run; ``bitplanes``, ``bitshuffle``: of its chunk).
 
-============== ==================================================== ==============================
-name           kept as                                              good for
-============== ==================================================== ==============================
-events         raw pixel numbers                                    sparse frames; nothing to decode
-gaps           one byte an electron (:mod:`.gaps`)                   sparse; computed on as it is
-gaps-zstd      the same, through Zstandard                          sparse, at rest
-intensity      rescaled time (:mod:`.entropy`), near the entropy     sparse, at rest, on the wire
-bitplanes      the bits of the counts apart, through Zstandard      some electrons a pixel
-bitshuffle-lz4 blosc2's bit shuffle and LZ4                         many electrons, fast
-bitshuffle-zstd blosc2's bit shuffle and Zstandard                  many electrons, small
-============== ==================================================== ==============================
+=============== ================================================= ================================
+name            kept as                                           good for
+=============== ================================================= ================================
+events          raw pixel numbers                                 sparse frames; nothing to decode
+gaps            one byte an electron (:mod:`.gaps`)               sparse; computed on as it is
+gaps-zstd       the same, through Zstandard                       sparse, at rest
+intensity       rescaled time (:mod:`.entropy`), near the entropy sparse, at rest, on the wire
+bitplanes       the bits of the counts apart, through Zstandard   some electrons a pixel
+bitshuffle-lz4  blosc2's bit shuffle and LZ4                      many electrons, fast
+bitshuffle-zstd blosc2's bit shuffle and Zstandard                many electrons, small
+=============== ================================================= ================================
 """
 
 from __future__ import annotations
