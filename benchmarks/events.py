@@ -4,7 +4,8 @@
 All times are CPU-seconds of one core, the best of several calls; caches are swept before each call of ours, so that
 the bytes come from memory. ``read`` sums the same bytes as 64-bit words: the limit. LiberTEM (one mask UDF with all
 four masks, inline, one thread) and stempy run in the same command in the environment whose Python STEMLOOP_PEERS names;
-without it they are left out. Needs about 8 GB. ``python benchmarks/events.py`` writes ``benchmarks/results/events.json``.
+without it they are left out. Needs about 8 GB. ``python benchmarks/events.py``
+writes ``benchmarks/results/events.json``.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class DenseBlock:
         return out[:, :count].astype(np.float64)
 
     def _fused(self, masks: NDArray[Any]) -> NDArray[np.float64]:
-        """(frames, 3 + k): sum, sum of row x counts, sum of column x counts, sums under ``masks`` (k, ...) of 0 and 1."""
+        """(frames, 3 + k): sum, sum of row x counts, sum of column x counts, sums under ``masks`` (k) of 0 and 1."""
         dtype = self._frames.dtype
         rows, columns = self.shape
         fits = rows * max(rows + 1, 2 * columns) // 2 * np.iinfo(dtype).max < 2**32

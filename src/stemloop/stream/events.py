@@ -190,12 +190,8 @@ class EventBlock:
         most = int(electrons.max(initial=0))
         rows, columns = self.shape
         ramp = m.ramp_numbers(masks)
-        if (
-            self.counts is not None
-            or max(ramp, default=0) < 1
-            or columns & (columns - 1)
-            or most * rows * columns >= 2**32
-        ):
+        many = len(self.index) >= 100 * self.frames and most * rows * columns < 2**32
+        if self.counts is not None or max(ramp, default=0) < 1 or columns & (columns - 1) or not many:
             return self._dot(masks, electrons, most).T
         sums = np.empty((3, self.frames))  # row and column are bits of the pixel's number
         sums[0] = electrons

@@ -27,7 +27,7 @@ from stemloop.stream.dense import DenseBlock, as_counts
 
 class Loss(NamedTuple):
     """Bias and 1-sigma noise that a lossy form adds, in units of the shot noise of one frame: ``com`` (2,) for the
-    centre of mass (row, column), ``detectors`` (k,) for each virtual detector; roots of mean squares over the frames."""
+    centre of mass (row, column), ``detectors`` (k,) for each virtual detector; roots of means over the frames."""
 
     com_bias: NDArray[np.float64]
     com_noise: NDArray[np.float64]
@@ -105,7 +105,7 @@ class SquareRoot:
     @property
     def loss(self) -> str:
         rise = 100 * (np.sqrt(1 + self.step**2 / 6) - 1)
-        return f"counts rounded at random to levels {self.step:g} sigma of shot noise apart: no bias, noise up {rise:.1f} %"
+        return f"counts go at random to levels {self.step:g} sigma of shot noise apart: no bias, noise up {rise:.1f} %"
 
     def levels(self, highest: int) -> NDArray[np.int64]:
         """The counts that are kept, up to the first one that is not below ``highest``: whole numbers next to

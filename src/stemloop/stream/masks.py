@@ -66,7 +66,8 @@ def labelled(labels: NDArray[Any], count: int, shape: tuple[int, int]) -> NDArra
 
 @dataclass(frozen=True)
 class Packed:
-    """Masks in words: ``table`` (pixels,) of uint64, or of uint8 where that holds it, and, for each mask in it, (number, shift, bits, lowest)."""
+    """Masks in words: ``table`` (pixels,) of uint64, or of uint8 where that holds it, and,
+    for each mask in it, (number, shift, bits, lowest)."""
 
     table: NDArray[np.uint64] | NDArray[np.uint8]
     fields: tuple[tuple[int, int, int, int], ...]
