@@ -61,15 +61,15 @@ def test_the_maps_of_a_stream_are_exact_whatever_the_order_and_the_repeats(seed)
     rng = random.Random(seed)
     edges = sorted({0, 600, *(rng.randrange(600) for _ in range(20))})
     blocks = [block(a, b, rng.choice(["events", "gaps", "bitshuffle-lz4"])) for a, b in zip(edges, edges[1:])]
-    blocks += rng.sample(blocks, 5) + [block(100, 200)]
+    blocks += [*rng.sample(blocks, 5), block(100, 200)]
     rng.shuffle(blocks)
     with Live({"moments": Moments(), "total": Total()}, SCAN, SHAPE, stream="4d") as live:
-        with Receiver("tcp://127.0.0.1:*", Unkept(), "run", taps=[live.take]) as receiver:
-            with Sender(receiver.address, "run") as sender:
-                for one in blocks:
-                    sender.send(one)
-                sender.send(Batch("else", 0, COUNTS[:3]))
-                sender.flush(20)
+        receiver = Receiver("tcp://127.0.0.1:*", Unkept(), "run", taps=[live.take])
+        with receiver, Sender(receiver.address, "run") as sender:
+            for one in blocks:
+                sender.send(one)
+            sender.send(Batch("else", 0, COUNTS[:3]))
+            sender.flush(20)
         live.wait(0, 600, 20)
         assert live.folded == [(0, 600)]
         found = live.results()

@@ -80,7 +80,7 @@ def test_frames_come_as_they_were_sent(dtype):
         assert merlin.header["Counter Depth (number)"] == "12" and merlin.skipped == 0
     detector.over.set()
     assert max(len(b.frames) for b in batches) <= 64
-    assert [b.first for b in batches][0] == 0 and batches[0].frames.dtype == dtype
+    assert next(b.first for b in batches) == 0 and batches[0].frames.dtype == dtype
     np.testing.assert_array_equal(joined(batches), frames)
 
 
@@ -128,9 +128,9 @@ def test_what_is_no_merlin_is_said():
     raw = mib(counts(1))[0].replace(b",U16,", b",R64,")
     with Merlin(LOOPBACK, Detector(message(raw)).port) as merlin, pytest.raises(InputError, match="R64"):
         list(merlin)
-    with Merlin(LOOPBACK, Detector(message(raw[:-2]).replace(b"R64", b"U16")).port) as merlin:
-        with pytest.raises(InputError, match="its header says"):
-            list(merlin)
+    short = Detector(message(raw[:-2]).replace(b"R64", b"U16"))
+    with Merlin(LOOPBACK, short.port) as merlin, pytest.raises(InputError, match="its header says"):
+        list(merlin)
 
 
 def write(folder, frames):

@@ -9,6 +9,7 @@ and the pixels, big-endian. A MIB file holds the frames without the ``MPX`` pref
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import time
@@ -79,7 +80,7 @@ def _unpack(rows: NDArray[np.uint8], lay: Layout) -> tuple[NDArray[Any], list[in
 def _batches(stream: str, frames: NDArray[Any], numbers: list[int]) -> Iterator[Batch]:
     """Batches of consecutive numbers: a detector that skipped begins a new one."""
     edges = [0, *(np.flatnonzero(np.diff(numbers) != 1) + 1), len(numbers)]
-    for a, b in zip(edges[:-1], edges[1:], strict=True):
+    for a, b in itertools.pairwise(edges):
         yield Batch(stream, numbers[a] - 1, frames[a:b])
 
 

@@ -19,7 +19,7 @@ from stemloop.stream.merlin import mib_frames
 
 
 def encode(batch: Batch, codec: str = "gaps") -> Encoded:
-    """``batch`` written with ``codec`` (``raw``: as it is). Frames (rows, columns) of whole numbers, else InputError."""
+    """``batch`` written with ``codec`` (``raw``: as it is), which takes frames (rows, columns) of whole numbers."""
     if codec == packet.RAW:
         return packet.raw(batch)
     frames = np.ascontiguousarray(batch.frames)
