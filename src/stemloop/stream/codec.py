@@ -451,7 +451,7 @@ def encode(block: Block, name: str | None = None) -> bytes:
 
     >>> decode(encode(DenseBlock(np.array([[[0, 1], [2, 0]]], np.uint8)))).frame(0)
     array([[0, 1],
-           [2, 0]], dtype=uint16)
+           [2, 0]], dtype=uint8)
     """
     if name is not None and name not in CODECS:
         raise InputError(f"no codec is called {name!r}; there are {', '.join(CODECS)}.")

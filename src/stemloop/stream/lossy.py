@@ -92,7 +92,7 @@ class SquareRoot:
     seed : of the random choice between two levels; the same block and seed give the same bytes.
 
     >>> SquareRoot(1.0).levels(20)
-    array([ 0,  1,  2,  4,  6,  9, 12, 16, 20, 25])
+    array([ 0,  1,  2,  4,  6,  9, 12, 16, 20])
     """
 
     name = "sqrt"
