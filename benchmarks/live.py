@@ -8,7 +8,7 @@ compared with those of the dense frames, to the last count. The delay of a frame
 to the moment at which it is in the maps, waiting for its block to fill included.
 
 ``python benchmarks/live.py [SECONDS]`` writes ``benchmarks/results/live.json``. With STEMLOOP_PEERS (the Python of an
-environment with libertem-live) its Merlin simulator and receiver run in the same command (``peer_live.py``).
+environment with libertem-live) its Merlin simulator and receiver take the same frames afterwards (``peer_live.py``).
 """
 
 from __future__ import annotations
@@ -145,13 +145,36 @@ def measure(codec: str, seconds: float, durable: bool) -> dict:
     }
 
 
+def mib(dense: np.ndarray) -> bytes:
+    """Frames as a Merlin writes them, 384 bytes of header each."""
+    rows = np.zeros((len(dense), 384 + 2 * SHAPE[0] * SHAPE[1]), np.uint8)
+    for number, row in enumerate(rows, 1):
+        head = f"MQ1,{number:06d},00384,01,0128,0128,U16,   1x1,01,2026-01-01 00:00:00.000000,0.001,0,0,0,1000000ns,16,"
+        row[: len(head)] = np.frombuffer(head.encode(), np.uint8)
+    rows[:, 384:] = dense.reshape(len(dense), -1).astype(">u2").view(np.uint8)
+    return rows.tobytes()
+
+
 def peer() -> dict:
     python = os.environ.get("STEMLOOP_PEERS", "")
     if not python:
         return {"left_out": "STEMLOOP_PEERS does not name the Python of an environment with libertem-live"}
-    done = subprocess.run(
-        [python, str(Path(__file__).with_name("peer_live.py"))], capture_output=True, text=True, check=False
-    )
+    with tempfile.TemporaryDirectory() as name:
+        folder, dense = Path(name), np.concatenate([frames()] * 2)
+        (folder / "a.mib").write_bytes(mib(dense))
+        (folder / "a.hdr").write_text(
+            f"HDR,\nFrames in Acquisition (Number):\t{len(dense)}\nFrames per Trigger (Number):\t128\n"
+            "Counter Depth (number):\t12\nEnd\t"
+        )
+        np.save(folder / "masks.npy", masks_once)
+        np.save(folder / "expected.npy", DenseBlock(dense).dot(masks_once))
+        done = subprocess.run(
+            [python, str(Path(__file__).with_name("peer_live.py")), str(folder)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.stderr[-400:]}
 
 
