@@ -1,7 +1,7 @@
-"""LiberTEM-live on the same machine: its own Merlin simulator sends the frames of ``live.py`` (128 x 128 uint16, scan of
-128 x 128, cached in memory, as fast as it goes) to its own receiver, which computes sum, both moments and an annular
-detector (one mask UDF, pipelined executor with one worker) or the sum alone. Called by ``live.py`` with the folder that
-holds ``a.hdr``, ``a.mib`` and ``masks.npy``; the last line of its output is JSON."""
+"""LiberTEM-live on the same machine: its own Merlin simulator sends the frames of ``live.py`` (a scan of 128 x 128,
+cached in memory, as fast as it goes) to its own receiver, which computes sum, both moments and an annular detector (one
+mask UDF, pipelined executor with one worker), then the sum alone. Called by ``live.py`` with the folder that holds
+``a.hdr``, ``a.mib``, ``masks.npy`` and ``expected.npy``; the last line of its output is JSON."""
 
 from __future__ import annotations
 
