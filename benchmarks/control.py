@@ -53,6 +53,8 @@ class Ready:
     )
     frame = np.random.default_rng(0).poisson(10, (1, *SHAPE)).astype(np.uint16)
 
+    prompt = frozenset({"blank", "report"})
+
     def state(self):
         return dict(STATE)
 

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ from stemloop.core.errors import (
     from_code,
 )
 from stemloop.core.instruction import Blank, Image, Instruction, Probe, Report
-from stemloop.core.protocols import Abortable, Batch, Exposure, FrameSink, Instrument, Reporting
+from stemloop.core.protocols import Abortable, Batch, Exposure, FrameSink, Instrument, Prompt, Reporting
 from stemloop.core.record import content_hash
 from stemloop.instrument import wire
 from stemloop.instrument.audit import Audit, Head
@@ -114,6 +114,7 @@ class Guard:
         self._spool = spool
         self._audit = audit
         self._sink = sink
+        self._prompt = instrument.prompt if isinstance(instrument, Prompt) else frozenset()
         self._blank_failed = False
         self._lock = threading.Lock()  # the instrument's command begins, is aborted and ends under it
         self._running: Command | None = None
@@ -174,6 +175,19 @@ class Guard:
         except StemloopError as error:
             self._account(command, error.code, {}, 0.0)
             raise
+
+    def prompt(self, command: Command) -> bool:
+        """Whether nothing on the way of this command waits for hardware or a disk: :meth:`execute` may then be called
+        in another thread that has taken the instrument's thread's place."""
+        kind = command.instruction.get("kind")
+        return (
+            isinstance(kind, str)
+            and kind in self._prompt
+            and (kind == Report.kind or self.limits.parked_max_s is None)
+            and self._spool.epoch_at_hand
+            and not self.desk.unattended
+            and not self._spool.knows(command.command_id)
+        )
 
     def fetch(self, key: str, first: int = 0, count: int | None = None) -> NDArray[Any]:
         """Frames ``first`` to ``first + count`` of the exposure with the command id ``key``, out of the spool."""
@@ -286,11 +300,14 @@ class Guard:
                 self._running = None
         ended = time.time()
         self.last_state = (ended, exposure.state)
-        return replace(
-            exposure,
-            epoch=exposure.epoch or epoch,
-            began_s=exposure.began_s or began,
-            ended_s=exposure.ended_s or ended,
+        return Exposure(
+            exposure.frames,
+            exposure.electrons,
+            exposure.state,
+            exposure.calibration,
+            exposure.epoch or epoch,
+            exposure.began_s or began,
+            exposure.ended_s or ended,
         )
 
     def _repeat(self, command: Command, asked: Instruction, first: dict[str, Any]) -> dict[str, Any]:

@@ -279,6 +279,11 @@ class Spool:
         self._epoch += 1
         return self._epoch
 
+    @property
+    def epoch_at_hand(self) -> bool:
+        """Whether :meth:`epoch` answers without the disk."""
+        return self._epoch < self._epochs_until
+
     def result(
         self,
         command_id: str,
