@@ -14,9 +14,10 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
@@ -30,6 +31,7 @@ from stemloop.core.errors import (
     OutcomeUnknown,
     Refused,
     StemloopError,
+    StorageError,
     from_code,
 )
 from stemloop.core.instruction import Blank, Image, Instruction, Probe, Report
@@ -65,6 +67,14 @@ class Command:
     command_id: str
     instruction: dict[str, Any]
     data: str = "inline"
+
+
+class _Keeping(NamedTuple):
+    """An exposure whose result is being made durable."""
+
+    done: Future[None]
+    message: dict[str, Any]
+    settled: int
 
 
 def _audited(instruction: dict[str, Any]) -> dict[str, Any]:
@@ -118,6 +128,7 @@ class Guard:
         self._blank_failed = False
         self._lock = threading.Lock()  # the instrument's command begins, is aborted and ends under it
         self._running: Command | None = None
+        self._keeping: _Keeping | None = None
         self._told_s = 0.0
         self.on_progress: Callable[[Command, int, int], None] = lambda command, done, of: None
         if isinstance(instrument, Reporting):
@@ -239,7 +250,12 @@ class Guard:
             verdict = error.code
             raise
         finally:
-            self._account(command, verdict, reply, time.perf_counter() - started, durable=exposed)
+            keeping, self._keeping = self._keeping, None
+            try:
+                self._account(command, verdict, reply, time.perf_counter() - started, durable=exposed)
+            finally:
+                if keeping is not None:
+                    self._kept(command, keeping)
 
     def _account(
         self, command: Command, verdict: str, reply: dict[str, Any], latency_s: float, durable: bool = False
@@ -398,7 +414,10 @@ class Guard:
         stream = None
         if command.data == "stream" and exposure.frames is not None:
             stream = self._spool.number(asked.kind, len(exposure.frames))
-        self._keep(name, message, settled, exposure=exposure, stream=stream)
+        beside = stream is None  # the numbers of a stream are durable before its frames leave
+        self._keep(name, message, settled, exposure=exposure, stream=stream, durable=not beside)
+        if beside:  # while the audit line is written and made durable, too
+            self._keeping = _Keeping(self._spool.sync(), message, settled)
         return exposure
 
     @staticmethod
@@ -438,12 +457,24 @@ class Guard:
         try:
             self._spool.result(name, message, settled, **outcome)
         except StemloopError as error:
-            unknown = OutcomeUnknown(
-                f"the exposure {name!r} was made and could not be kept: {error} "
-                "It counts as exposed and is not repeated."
-            )
-            self._spool.lost(name, message, settled, unknown)
+            raise self._lost(name, message, settled, error) from error
+
+    def _kept(self, command: Command, keeping: _Keeping) -> None:
+        """Wait until the exposure's result is durable; if the disk refuses, nobody knows what it has."""
+        try:
+            keeping.done.result()
+        except StorageError as error:
+            unknown = self._lost(command.command_id, keeping.message, keeping.settled, error)
+            self._account(command, unknown.code, {}, 0.0)
             raise unknown from error
+
+    def _lost(self, name: str, message: dict[str, Any], settled: int, error: StemloopError) -> OutcomeUnknown:
+        """What the exposure's id answers from now on."""
+        unknown = OutcomeUnknown(
+            f"the exposure {name!r} was made and could not be kept: {error} It counts as exposed and is not repeated."
+        )
+        self._spool.lost(name, message, settled, unknown)
+        return unknown
 
     def _electrons(self, asked: Instruction, state: dict[str, Any]) -> float:
         """Electrons at each position."""
