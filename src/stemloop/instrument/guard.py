@@ -338,16 +338,19 @@ class Guard:
 
     def _act(self, command: Command, asked: Instruction) -> Exposure:
         """Carry out what does not expose. Kept without fdatasync: a repeat after a power cut does no harm."""
-        state = {} if isinstance(asked, Report) else self.state()
+        if isinstance(asked, Report):
+            self.limits.check(asked, 0.0, self.info, {})
+            with _instrument_errors():
+                return self._carry_out(command, asked)
+        state = self.state()
         self.limits.check(asked, 0.0, self.info, state)
         self.watch.admit(asked, state, time.monotonic())
         if (spot := self.limits.opened(asked, state)) is not None:
             return self._open(command, asked, spot, state)
         with _instrument_errors():
             exposure = self._carry_out(command, asked)
-        if not isinstance(asked, Report):
-            message = wire.instruction_to_message(asked)
-            self._spool.result(command.command_id, message, 0, exposure=exposure, durable=False)
+        message = wire.instruction_to_message(asked)
+        self._spool.result(command.command_id, message, 0, exposure=exposure, durable=False)
         return exposure
 
     def _open(self, command: Command, asked: Instruction, spot: Probe, state: dict[str, Any]) -> Exposure:
