@@ -479,7 +479,7 @@ def _read(value: Any) -> Any:
 
 
 @functools.cache
-def _names(cls: type[Any]) -> tuple[frozenset[str], frozenset[str]]:
+def _names(cls: Any) -> tuple[frozenset[str], frozenset[str]]:
     """The fields of a class, and those of them that have no default."""
     fields = dataclasses.fields(cls)
     needed = (field.name for field in fields if field.default is dataclasses.MISSING)

@@ -116,7 +116,7 @@ class Reporting(Protocol):
 
 @runtime_checkable
 class Prompt(Protocol):
-    """An instrument that carries out some commands within microseconds, without waiting for anything outside its process.
+    """An instrument that carries out some commands in microseconds, without waiting for anything outside its process.
 
     ``prompt`` names their kinds; none of them exposes. For these alone ``execute`` and ``state`` may be called from
     another thread than the instrument's own, never two calls at a time. The server then answers them where they came
