@@ -479,7 +479,7 @@ def _read(value: Any) -> Any:
 
 
 @functools.cache
-def _names(cls: Any) -> tuple[frozenset[str], frozenset[str]]:
+def _names(cls: type[Any]) -> tuple[frozenset[str], frozenset[str]]:
     """The fields of a class, and those of them that have no default."""
     fields = dataclasses.fields(cls)
     needed = (field.name for field in fields if field.default is dataclasses.MISSING)
@@ -487,7 +487,7 @@ def _names(cls: Any) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _build(cls: type[Any], name: str, values: dict[str, Any]) -> Any:
-    known, needed = _names(cls)
+    known, needed = _names(cls)  # type: ignore[arg-type]  # mypy holds that classes have no hash
     if unknown := values.keys() - known:
         has = ", ".join(sorted(known)) or "none"
         raise InputError(f"{name} has no field {', '.join(sorted(map(repr, unknown)))}; it has {has}.")
