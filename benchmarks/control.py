@@ -9,8 +9,9 @@ must. ``report`` passes token, lease, fencing number, limits and the audit log. 
 with its default serializer and with msgpack, one thread, no check at all.
 
 ``exposure`` is a CBED pattern of 128 x 128 uint16: it adds the dose reservation, the hash of the frames and three
-fdatasync calls (intent, result, audit line), whose own time on this disk is ``fdatasync_three``. ``takeover`` is the
-time from an operator's takeover, sent while a program's long exposure runs, to the refusal of its next command.
+fdatasync calls (the intent; then result and audit line side by side); ``fdatasync_three`` is what three cost on this
+disk one after another. ``takeover`` is the time from an operator's takeover, sent while a program's long exposure runs,
+to the refusal of its next command.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class Ready:
         "ready", ("diffraction", "blank", "report"), FIELD_M, 80e3, camera=Camera(SHAPE, 1e-3, (63.5, 63.5))
     )
     frame = np.random.default_rng(0).poisson(10, (1, *SHAPE)).astype(np.uint16)
+
+    prompt = frozenset({"blank", "report"})
 
     def state(self):
         return dict(STATE)

@@ -15,6 +15,7 @@ energy, the field of view and detector settings. What version 1 could say means 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -477,13 +478,20 @@ def _read(value: Any) -> Any:
     return _build(cls, cls.path, {name: _tuples(item) for name, item in value.items() if name != "path"})
 
 
-def _build(cls: type[Any], name: str, values: dict[str, Any]) -> Any:
+@functools.cache
+def _names(cls: type[Any]) -> tuple[frozenset[str], frozenset[str]]:
+    """The fields of a class, and those of them that have no default."""
     fields = dataclasses.fields(cls)
-    known = {field.name for field in fields}
-    if unknown := set(values) - known:
+    needed = (field.name for field in fields if field.default is dataclasses.MISSING)
+    return frozenset(field.name for field in fields), frozenset(needed)
+
+
+def _build(cls: type[Any], name: str, values: dict[str, Any]) -> Any:
+    known, needed = _names(cls)  # type: ignore[arg-type]  # mypy holds that classes have no hash
+    if unknown := values.keys() - known:
         has = ", ".join(sorted(known)) or "none"
         raise InputError(f"{name} has no field {', '.join(sorted(map(repr, unknown)))}; it has {has}.")
-    if missing := {f.name for f in fields if f.default is dataclasses.MISSING} - set(values):
+    if missing := needed - values.keys():
         raise InputError(f"{name} lacks {', '.join(sorted(missing))}.")
     return cls(**values)
 

@@ -114,6 +114,19 @@ class Reporting(Protocol):
     progress: Callable[[int, int], None] | None
 
 
+@runtime_checkable
+class Prompt(Protocol):
+    """An instrument that carries out some commands in microseconds, without waiting for anything outside its process.
+
+    ``prompt`` names their kinds; none of them exposes. For these alone ``execute`` and ``state`` may be called from
+    another thread than the instrument's own, never two calls at a time. The server then answers them where they came
+    in, which saves the way to the instrument's thread and back. Without it everything is done in the one thread.
+    """
+
+    @property
+    def prompt(self) -> frozenset[str]: ...
+
+
 class Scope(Protocol):
     """What the loop holds of a microscope: a guarded connection with a lease. ``command_id`` makes a repeat harmless:
     an id that was executed before answers the first result and exposes nothing."""

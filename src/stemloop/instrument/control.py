@@ -197,7 +197,7 @@ class Conversation:
                 await self._station.release(self.speaker, lease_id)
         return {}
 
-    async def _execute(self, message: dict[str, Any]) -> None:
+    async def _execute(self, message: dict[str, Any]) -> dict[str, Any] | None:
         command = Command(
             self.speaker,
             self.lease_id,
@@ -208,7 +208,12 @@ class Conversation:
         )
         if self._waiting >= MAX_WAITING:
             raise InputError(f"{MAX_WAITING} commands of this connection wait already: wait for their replies.")
-        number, guard, desk = message.get("n"), self._station.guard, self._station.desk
+        number, guard, desk, hand = message.get("n"), self._station.guard, self._station.desk, self._station.hand
+        if guard.prompt(command) and hand.take():
+            try:
+                return guard.execute(command)
+            finally:
+                hand.give_back()
         guard.admit(command)
         lease = desk.begin(self.lease_id)
         loop = asyncio.get_running_loop()
@@ -229,7 +234,8 @@ class Conversation:
             with suppress(RuntimeError):  # the server stopped meanwhile; the spool has the result
                 loop.call_soon_threadsafe(finish, reply)
 
-        self._station.hand.post(work)
+        hand.post(work)
+        return None
 
     async def _abort(self, message: dict[str, Any]) -> dict[str, Any]:
         return {"aborted": await self._station.abort(self.speaker, self.lease_id)}

@@ -14,9 +14,10 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
@@ -30,10 +31,11 @@ from stemloop.core.errors import (
     OutcomeUnknown,
     Refused,
     StemloopError,
+    StorageError,
     from_code,
 )
 from stemloop.core.instruction import Blank, Image, Instruction, Probe, Report
-from stemloop.core.protocols import Abortable, Batch, Exposure, FrameSink, Instrument, Reporting
+from stemloop.core.protocols import Abortable, Batch, Exposure, FrameSink, Instrument, Prompt, Reporting
 from stemloop.core.record import content_hash
 from stemloop.instrument import wire
 from stemloop.instrument.audit import Audit, Head
@@ -65,6 +67,14 @@ class Command:
     command_id: str
     instruction: dict[str, Any]
     data: str = "inline"
+
+
+class _Keeping(NamedTuple):
+    """An exposure whose result is being made durable."""
+
+    done: Future[None]
+    message: dict[str, Any]
+    settled: int
 
 
 def _audited(instruction: dict[str, Any]) -> dict[str, Any]:
@@ -114,9 +124,11 @@ class Guard:
         self._spool = spool
         self._audit = audit
         self._sink = sink
+        self._prompt = instrument.prompt if isinstance(instrument, Prompt) else frozenset()
         self._blank_failed = False
         self._lock = threading.Lock()  # the instrument's command begins, is aborted and ends under it
         self._running: Command | None = None
+        self._keeping: _Keeping | None = None
         self._told_s = 0.0
         self.on_progress: Callable[[Command, int, int], None] = lambda command, done, of: None
         if isinstance(instrument, Reporting):
@@ -175,6 +187,19 @@ class Guard:
             self._account(command, error.code, {}, 0.0)
             raise
 
+    def prompt(self, command: Command) -> bool:
+        """Whether nothing on the way of this command waits for hardware or a disk: :meth:`execute` may then be called
+        in another thread that has taken the instrument's thread's place."""
+        kind = command.instruction.get("kind")
+        return (
+            isinstance(kind, str)
+            and kind in self._prompt
+            and (kind == Report.kind or self.limits.parked_max_s is None)
+            and self._spool.epoch_at_hand
+            and not self.desk.unattended
+            and not self._spool.knows(command.command_id)
+        )
+
     def fetch(self, key: str, first: int = 0, count: int | None = None) -> NDArray[Any]:
         """Frames ``first`` to ``first + count`` of the exposure with the command id ``key``, out of the spool."""
         kept = self._spool.find(key)
@@ -225,7 +250,12 @@ class Guard:
             verdict = error.code
             raise
         finally:
-            self._account(command, verdict, reply, time.perf_counter() - started, durable=exposed)
+            keeping, self._keeping = self._keeping, None
+            try:
+                self._account(command, verdict, reply, time.perf_counter() - started, durable=exposed)
+            finally:
+                if keeping is not None:
+                    self._kept(command, keeping)
 
     def _account(
         self, command: Command, verdict: str, reply: dict[str, Any], latency_s: float, durable: bool = False
@@ -286,11 +316,14 @@ class Guard:
                 self._running = None
         ended = time.time()
         self.last_state = (ended, exposure.state)
-        return replace(
-            exposure,
-            epoch=exposure.epoch or epoch,
-            began_s=exposure.began_s or began,
-            ended_s=exposure.ended_s or ended,
+        return Exposure(
+            exposure.frames,
+            exposure.electrons,
+            exposure.state,
+            exposure.calibration,
+            exposure.epoch or epoch,
+            exposure.began_s or began,
+            exposure.ended_s or ended,
         )
 
     def _repeat(self, command: Command, asked: Instruction, first: dict[str, Any]) -> dict[str, Any]:
@@ -305,16 +338,19 @@ class Guard:
 
     def _act(self, command: Command, asked: Instruction) -> Exposure:
         """Carry out what does not expose. Kept without fdatasync: a repeat after a power cut does no harm."""
-        state = {} if isinstance(asked, Report) else self.state()
+        if isinstance(asked, Report):
+            self.limits.check(asked, 0.0, self.info, {})
+            with _instrument_errors():
+                return self._carry_out(command, asked)
+        state = self.state()
         self.limits.check(asked, 0.0, self.info, state)
         self.watch.admit(asked, state, time.monotonic())
         if (spot := self.limits.opened(asked, state)) is not None:
             return self._open(command, asked, spot, state)
         with _instrument_errors():
             exposure = self._carry_out(command, asked)
-        if not isinstance(asked, Report):
-            message = wire.instruction_to_message(asked)
-            self._spool.result(command.command_id, message, 0, exposure=exposure, durable=False)
+        message = wire.instruction_to_message(asked)
+        self._spool.result(command.command_id, message, 0, exposure=exposure, durable=False)
         return exposure
 
     def _open(self, command: Command, asked: Instruction, spot: Probe, state: dict[str, Any]) -> Exposure:
@@ -381,7 +417,10 @@ class Guard:
         stream = None
         if command.data == "stream" and exposure.frames is not None:
             stream = self._spool.number(asked.kind, len(exposure.frames))
-        self._keep(name, message, settled, exposure=exposure, stream=stream)
+        beside = stream is None  # the numbers of a stream are durable before its frames leave
+        self._keep(name, message, settled, exposure=exposure, stream=stream, durable=not beside)
+        if beside:  # while the audit line is written and made durable, too
+            self._keeping = _Keeping(self._spool.sync(), message, settled)
         return exposure
 
     @staticmethod
@@ -421,12 +460,24 @@ class Guard:
         try:
             self._spool.result(name, message, settled, **outcome)
         except StemloopError as error:
-            unknown = OutcomeUnknown(
-                f"the exposure {name!r} was made and could not be kept: {error} "
-                "It counts as exposed and is not repeated."
-            )
-            self._spool.lost(name, message, settled, unknown)
+            raise self._lost(name, message, settled, error) from error
+
+    def _kept(self, command: Command, keeping: _Keeping) -> None:
+        """Wait until the exposure's result is durable; if the disk refuses, nobody knows what it has."""
+        try:
+            keeping.done.result()
+        except StorageError as error:
+            unknown = self._lost(command.command_id, keeping.message, keeping.settled, error)
+            self._account(command, unknown.code, {}, 0.0)
             raise unknown from error
+
+    def _lost(self, name: str, message: dict[str, Any], settled: int, error: StemloopError) -> OutcomeUnknown:
+        """What the exposure's id answers from now on."""
+        unknown = OutcomeUnknown(
+            f"the exposure {name!r} was made and could not be kept: {error} It counts as exposed and is not repeated."
+        )
+        self._spool.lost(name, message, settled, unknown)
+        return unknown
 
     def _electrons(self, asked: Instruction, state: dict[str, Any]) -> float:
         """Electrons at each position."""

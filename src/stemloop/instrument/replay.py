@@ -183,6 +183,11 @@ class Replay:
         return np.stack([y.ravel() * self._pixel_m[0], x.ravel() * self._pixel_m[1]], axis=1)
 
     @property
+    def prompt(self) -> frozenset[str]:
+        """Whatever does not expose only sets a few numbers."""
+        return frozenset({"probe", "blank", "field", "report"})
+
+    @property
     def info(self) -> InstrumentInfo:
         """What was recorded, as what an instrument can do."""
         return self._info

@@ -15,6 +15,7 @@ import os
 import struct
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -154,13 +155,20 @@ class Journal:
             raise StorageError(f"cannot write {self.path}: {error.strerror}. Make room on the disk.") from None
         self.size = offset + _HEADER_BYTES + len(payload)
         if durable:
+            self.sync()
+        return offset
+
+    def sync(self) -> None:
+        """Make every record durable that was written before. A ``StorageError`` if the disk refuses. Any thread."""
+        with self._lock:
+            if self._failed:
+                raise StorageError(f"{self.path} cannot be made durable ({self._failed}): restart the server.")
             try:
                 sync_data(self._descriptor)
             except OSError as error:  # what is on the disk is unknown now, and a second fdatasync would not tell
                 self._failed = f"fdatasync failed: {error.strerror}"
                 raise StorageError(f"cannot make {self.path} durable: {error.strerror}. Check the disk.") from None
             self._synced = self.size
-        return offset
 
     def _undo(self, offset: int, error: OSError) -> None:
         try:
@@ -196,6 +204,7 @@ class Spool:
 
     def __init__(self, path: Path) -> None:
         self._journal = Journal(path)
+        self._syncer = ThreadPoolExecutor(1, "spool")
         self._results: dict[str, int] = {}
         self._streamed: dict[str, dict[str, Any]] = {}
         self._lost: dict[str, dict[str, Any]] = {}
@@ -279,6 +288,11 @@ class Spool:
         self._epoch += 1
         return self._epoch
 
+    @property
+    def epoch_at_hand(self) -> bool:
+        """Whether :meth:`epoch` answers without the disk."""
+        return self._epoch < self._epochs_until
+
     def result(
         self,
         command_id: str,
@@ -308,6 +322,10 @@ class Spool:
             },
             durable,
         )
+
+    def sync(self) -> Future[None]:
+        """Make what was kept durable in another thread; the future has a ``StorageError`` if the disk refuses."""
+        return self._syncer.submit(self._journal.sync)
 
     def knows(self, command_id: str) -> bool:
         """Whether the command was carried out before."""
@@ -344,4 +362,5 @@ class Spool:
 
     def close(self) -> None:
         """Make everything durable and close the file."""
+        self._syncer.shutdown()
         self._journal.close()

@@ -163,6 +163,11 @@ class Twin:
     def info(self) -> InstrumentInfo:
         return self._info
 
+    @property
+    def prompt(self) -> frozenset[str]:
+        """Whatever does not expose only sets a few numbers."""
+        return frozenset({"probe", "blank", "optics", "stage", "field", "detector", "report"})
+
     def state(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, list) else value for name, value in self._state.items()}
 
