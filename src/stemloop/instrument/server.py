@@ -46,6 +46,7 @@ LOCAL_FILE = "local.json"
 LIMITS_FILE = "limits.json"
 
 _SHUTDOWN_S = 10
+_ABORT_AGAIN_S = 0.02
 _MAX_CONNECTIONS = 256
 
 TLS = tuple[str | Path, str | Path]
@@ -213,6 +214,7 @@ def serve(
         station = Station(guard, known, hand, grace_s)
         _run(station, listener, directory, idle_exit_s, tls, heartbeat_s)
         guard.desk.drop("the server stops")
+        _end_running(guard)
         with suppress(StemloopError):
             hand.submit(station.blank, "the server stops").result()
     finally:
@@ -276,6 +278,14 @@ def _run(
         )
     )
     server.run(sockets=[listener])
+
+
+def _end_running(guard: Guard) -> None:
+    """Abort the command that runs until it has ended, where the instrument can: who stopped us may not wait long."""
+    while (running := guard.running) is not None and guard.can_abort():
+        with suppress(StemloopError):
+            guard.abort(running)
+        time.sleep(_ABORT_AGAIN_S)
 
 
 def _close(hand: Hand, instrument: Instrument, sink: FrameSink | None) -> None:
