@@ -98,7 +98,7 @@ def _listen(host: str, port: int, tls: TLS | None) -> socket.socket:
     if not is_loopback(host) and tls is None:
         raise InputError(
             f"{host!r} can be reached from other machines, and without TLS anybody on the way reads the tokens: give "
-            "tls=(certificate, key), or use host='127.0.0.1' and reach it through 'ssh -L'."
+            "tls=(certificate, key) (--tls-cert, --tls-key), or use host='127.0.0.1' and reach it through 'ssh -L'."
         )
     address = "127.0.0.1" if host == "localhost" else host
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
