@@ -254,7 +254,7 @@ class Spool:
         return past
 
     def raise_if_no_room(self, frame_bytes: int) -> None:
-        """Raise ``StorageError`` if frames of at most so many bytes might not fit: they would be exposed for nothing."""
+        """Raise ``StorageError`` if frames of so many bytes might not fit: they would be exposed for nothing."""
         folder = self._journal.path.parent
         free, needed = shutil.disk_usage(folder).free, frame_bytes + _SPARE_BYTES
         if free < needed:
