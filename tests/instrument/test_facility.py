@@ -41,6 +41,15 @@ def test_a_lawful_instrument_leaves_with_0(served, capsys):
     assert "moves of the beam" in said and "It takes at most" in said
 
 
+def test_limits_that_name_few_controls_fail_no_check(served, capsys):
+    """A facility begins with little: what may not be changed is left out, and is refused when it is asked."""
+    limits = {"field_m": [8e-9, 10e-9], "controls": {"C10_m": [-1e-7, 1e-7], "stage_x_m": [-1e-6, 1e-6]}}
+    one = served(instrument=Model(), tokens=None, idle_exit_s=0.6, limits=limits)
+    status, report, _ = check(one, capsys, "--moves", "12")
+    assert status == 0 and report["ok"], {n: c for n, c in report["checks"].items() if not c["ok"]}
+    assert {"C12_m", "stage_y_m"} <= set(report["round_trips"]["left_out"])
+
+
 def test_a_live_view_leaves_with_1(served, capsys):
     one = served(instrument=LiveView(), tokens=None, idle_exit_s=0.6)
     status, report, _ = check(one, capsys, "--moves", "12")

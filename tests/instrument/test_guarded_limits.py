@@ -202,7 +202,7 @@ PLAN = [
 
 def test_a_plan_is_refused_where_its_steps_would_be_and_costs_what_they_cost(bench):
     one = bench()
-    planned = one.guard.check(PLAN)
+    planned = one.guard.planner()(PLAN)
     assert one.guard.ledger.spent == 0 and not one.instrument.state()["exposures"]
     verdicts, spent = [], []
     for i, asked in enumerate(PLAN):

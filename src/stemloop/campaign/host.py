@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import threading
 import traceback
@@ -98,7 +99,6 @@ def serve_by_hand(
     name = instrument.info.name
     ended = threading.Event()
     teller = threading.Thread(target=_announce, args=(name, directory, ended, tell), daemon=True)
-    (directory / "address.json").unlink(missing_ok=True)
     teller.start()
     try:
         serve(instrument, directory, limits=declared, dose_budget=dose_budget, host=host, port=port, tls=tls)
@@ -111,6 +111,8 @@ def _announce(name: str, directory: Path, ended: threading.Event, tell: Callable
     while not ended.wait(0.05):
         with contextlib.suppress(OSError, ValueError, KeyError):
             address = json.loads((directory / "address.json").read_text())
+            if address["pid"] != os.getpid():
+                continue  # of a server before, or of another that runs
             where = f"{address['scheme']}://{address['host']}:{address['port']}"
             tell(f"{name}: {where}, memory in {directory}. Ctrl-C ends it.")
             return

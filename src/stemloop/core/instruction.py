@@ -302,6 +302,10 @@ class Image(Instruction):
         centre = np.array(self.origin_m, float) + np.array(self.extent_m, float) / 2
         return turned(points, centre, self.rotation_rad) if self.rotation_rad else points
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _count("the number of positions", math.prod(map(int, self.shape)), {})
+
     def corners_m(self) -> NDArray[np.float64]:
         """(4, 2): the corners (y, x) [m] of the scanned rectangle."""
         return _corners(self.origin_m, self.extent_m, self.rotation_rad)

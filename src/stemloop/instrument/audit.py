@@ -74,14 +74,18 @@ class Audit:
         """Where the chain ends now."""
         return self._head
 
+    def raise_if_failed(self) -> None:
+        """A ``StorageError`` if nothing can be written any more."""
+        if self._failed:
+            raise StorageError(f"{self._path} cannot be written any more ({self._failed}): restart the server.")
+
     def write(self, durable: bool = False, **entry: Any) -> None:
         """Append one entry; with ``durable`` it is on the disk when this returns, else within ``GROUP_COMMIT_S``.
 
         A ``StorageError`` if the disk refuses.
         """
         with self._lock:
-            if self._failed:
-                raise StorageError(f"{self._path} cannot be written any more ({self._failed}): restart the server.")
+            self.raise_if_failed()
             line, sha256 = seal({"utc": time.time(), **entry, "previous": self._head.sha256})
             try:
                 write_all(self._descriptor, line + b"\n")

@@ -96,26 +96,33 @@ def samples(subject: Subject) -> Iterator[Instruction]:
     quiet: dict[str, Instruction] = {
         "probe": Probe(middle if info.positions_m is None else subject.places(1, "probe")[0]),
         "blank": Blank(True),
-        "stage": Stage(**_present(state, Stage, "stage_")),
-        "optics": Optics(**_present(state, Optics, "", without=("energy_eV",))),
+        "stage": Stage(**_present(subject, state, Stage, "stage_")),
+        "optics": Optics(**_present(subject, state, Optics, "", without=("energy_eV",))),
         "field": Field(rotation_rad=float(state.get("field_rotation_rad") or 0.0)),
         "report": Report(),
     }
     for kind, instruction in quiet.items():
-        if kind in info.instructions:
+        if kind in info.instructions and kind not in subject.limits.get("forbidden", ()):
             yield instruction
 
 
 def _present(
-    state: dict[str, Any], cls: type[Instruction], prefix: str, without: tuple[str, ...] = ()
+    subject: Subject, state: dict[str, Any], cls: type[Instruction], prefix: str, without: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Fields of an instruction at the values that the state reports: a command that changes nothing."""
+    """Fields of an instruction at the values that the state reports: a command that changes nothing. What the limits
+    do not name is left out."""
     found = {}
     for entry in dataclasses.fields(cls):
         value = state.get(prefix + entry.name)
-        if value is not None and entry.name not in without:
+        if value is not None and entry.name not in without and _allowed(subject, prefix + entry.name):
             found[entry.name] = tuple(value) if isinstance(value, (list, tuple)) else float(value)
     return found
+
+
+def _allowed(subject: Subject, control: str) -> bool:
+    """Whether the limits let a control change at all."""
+    declared = subject.limits.get("controls")
+    return (declared is None or control in declared) and control not in subject.limits.get("forbidden", ())
 
 
 def declared_instructions_work(subject: Subject) -> dict[str, Any]:

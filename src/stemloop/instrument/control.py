@@ -241,7 +241,7 @@ class Conversation:
         return {"aborted": await self._station.abort(self.speaker, self.lease_id)}
 
     async def _fetch(self, message: dict[str, Any]) -> dict[str, Any]:
-        frames = await asyncio.to_thread(
+        frames = await self._station.aside(
             self._station.guard.fetch,
             wire.take(message, "key", str),
             wire.take(message, "first", int, 0),

@@ -9,6 +9,7 @@ result is durable before the reply.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import threading
@@ -41,8 +42,8 @@ from stemloop.instrument import wire
 from stemloop.instrument.audit import Audit, Head
 from stemloop.instrument.dose import DoseLedger
 from stemloop.instrument.lease import LeaseDesk
-from stemloop.instrument.limits import Limits, LimitsWatch
-from stemloop.instrument.plan import PlanReport, check_plan, current_A
+from stemloop.instrument.limits import Limits, LimitsWatch, frame_bytes
+from stemloop.instrument.plan import PlanReport, check_plan, current_A, knows_current
 from stemloop.instrument.spool import Spool
 from stemloop.instrument.tokens import Identity
 
@@ -50,6 +51,7 @@ _log = logging.getLogger(__name__)
 
 _MAX_ID_LENGTH = 200
 _AUDITED_POSITIONS = 16
+_AUDITED_LENGTH = 4096
 _PROGRESS_S = 0.1
 
 
@@ -78,11 +80,22 @@ class _Keeping(NamedTuple):
 
 
 def _audited(instruction: dict[str, Any]) -> dict[str, Any]:
-    """The instruction as the audit keeps it: a long list of positions as its number and hash."""
+    """The instruction as the audit keeps it: a long list of positions, or whatever else is long, as its hash."""
     positions = instruction.get("positions_m")
-    if not isinstance(positions, (list, tuple)) or len(positions) <= _AUDITED_POSITIONS:
-        return instruction
-    return {**instruction, "positions_m": {"count": len(positions), "sha256": content_hash(positions)}}
+    if isinstance(positions, (list, tuple)) and len(positions) > _AUDITED_POSITIONS:
+        instruction = {**instruction, "positions_m": {"count": len(positions), "sha256": _sha256(positions)}}
+    if len(repr(instruction)) > _AUDITED_LENGTH:
+        return {"kind": repr(instruction.get("kind"))[:80], "sha256": _sha256(instruction)}
+    audited: dict[str, Any] = wire.plain(instruction)
+    return audited
+
+
+def _sha256(asked: Any) -> str:
+    """The hash of anything that came in a message, well-formed or not."""
+    try:
+        return content_hash(asked)
+    except Exception:
+        return hashlib.sha256(repr(asked).encode("utf-8", "backslashreplace")).hexdigest()
 
 
 class Guard:
@@ -129,13 +142,14 @@ class Guard:
         self._lock = threading.Lock()  # the instrument's command begins, is aborted and ends under it
         self._running: Command | None = None
         self._keeping: _Keeping | None = None
+        self._abort_sent = False
         self._told_s = 0.0
         self.on_progress: Callable[[Command, int, int], None] = lambda command, done, of: None
         if isinstance(instrument, Reporting):
             instrument.progress = self._progress
         if spool.state is not None:
-            instrument.restore(spool.state)
-            desk.unattended = True
+            instrument.restore(_blanked(spool.state))
+        desk.unattended = True  # nobody drives yet: the beam is blanked before anything else
         self.epoch = 0
         self.last_state: tuple[float, dict[str, Any]] = (time.time(), self.state())
 
@@ -167,6 +181,7 @@ class Guard:
         with self._lock:
             if self._running is not running or not isinstance(self._instrument, Abortable):
                 return False
+            self._abort_sent = True
             with _instrument_errors():
                 self._instrument.abort()
             return True
@@ -235,7 +250,8 @@ class Guard:
                 raise
         self._blank_failed = False
         self.desk.unattended = False
-        self.note("blank", "server", reason=reason, verdict="done")
+        done = "done" if "blank" in self.info.instructions else "this instrument has no blanker"
+        self.note("blank", "server", reason=reason, verdict=done)
 
     def execute(self, command: Command) -> dict[str, Any]:
         """Carry out one command: the reply's fields, or one of the errors of ``core.errors``. Audited either way."""
@@ -291,6 +307,7 @@ class Guard:
         if first is not None:
             return self._repeat(command, asked, first), False
         self.desk.check(command.lease_id, command.fencing)
+        self._audit.raise_if_failed()  # what cannot be written down is not done
         if self.desk.unattended:
             self.blank("the lease changed hands")
         exposure = self._expose(command, asked) if asked.exposes else self._act(command, asked)
@@ -306,7 +323,7 @@ class Guard:
         epoch = self._spool.epoch()
         with self._lock:
             self.desk.check(command.lease_id, command.fencing)
-            self._running = command
+            self._running, self._abort_sent = command, False
         self.epoch = epoch
         began = time.time()
         try:
@@ -314,6 +331,8 @@ class Guard:
         finally:
             with self._lock:
                 self._running = None
+            if self._abort_sent:
+                self._take_abort_back()
         ended = time.time()
         self.last_state = (ended, exposure.state)
         return Exposure(
@@ -325,6 +344,17 @@ class Guard:
             exposure.began_s or began,
             exposure.ended_s or ended,
         )
+
+    def _take_abort_back(self) -> None:
+        """An abort that came when the command had just ended must not end the next one: blanking uses it up."""
+        asked = Blank() if "blank" in self.info.instructions else Report()
+        try:
+            self._instrument.execute(asked, key="after an abort")
+        except Aborted:
+            pass
+        except Exception:
+            _log.exception("the instrument failed after an abort")
+            self.desk.unattended = True
 
     def _repeat(self, command: Command, asked: Instruction, first: dict[str, Any]) -> dict[str, Any]:
         if wire.instruction_from_message(first["instruction"]) != asked:
@@ -388,6 +418,7 @@ class Guard:
         state = self.state()
         electrons = self._electrons(asked, state)
         self.limits.check(asked, electrons, self.info, state)
+        self._spool.raise_if_no_room(frame_bytes(asked, self.info))
         name, message = command.command_id, wire.instruction_to_message(asked)
         where = self.ledger.footprint(asked, self.info, state)
         reserved = self.ledger.reserve(name, electrons * asked.exposed_positions, where)
@@ -413,7 +444,8 @@ class Guard:
                 settled = self.ledger.settle(name, electrons * done, part)
             self._keep(name, message, settled, error=error, exposed=done)
             raise
-        settled = self.ledger.settle(name, exposure.electrons * asked.exposed_positions)
+        given = exposure.electrons if knows_current(state) else max(exposure.electrons, electrons)
+        settled = self.ledger.settle(name, given * asked.exposed_positions)
         stream = None
         if command.data == "stream" and exposure.frames is not None:
             stream = self._spool.number(asked.kind, len(exposure.frames))
@@ -431,9 +463,13 @@ class Guard:
         done = error.exposed if isinstance(error, Aborted) else None
         return None if done is None else min(max(done, 0), asked.exposed_positions)
 
-    def check(self, plan: Iterable[Instruction]) -> PlanReport:
-        """What these instructions would cost and which would be refused, now and one after another. Touches nothing."""
-        return check_plan(plan, self.limits, self.ledger, self.info, self.state())
+    def planner(self) -> Callable[[Iterable[Instruction]], PlanReport]:
+        """What tells the cost of instructions, and which would be refused, from now on and one after another.
+
+        It touches nothing and may be called from any thread: a long plan must not hold up the instrument.
+        """
+        ledger, state = self.ledger.copy(), self.state()
+        return lambda plan: check_plan(plan, self.limits, ledger, self.info, state)
 
     def unpark(self) -> None:
         """Blank the beam if it has rested on one spot for longer than the limits allow. Ask often."""
@@ -442,16 +478,19 @@ class Guard:
 
     @contextmanager
     def _beam(self, name: str) -> Iterator[None]:
-        """A blanked beam is opened for an exposure and blanked again after it, however it ends."""
-        if not self._instrument.state().get("blanked") or "blank" not in self.info.instructions:
+        """A blanked beam is opened for an exposure; after it the beam is blanked, however it ends and whoever opened
+        it: what is not counted as exposed must not be open."""
+        if "blank" not in self.info.instructions:
             yield
             return
         try:
-            self._instrument.execute(Blank(False), key=f"{name}: unblank")
+            if self._instrument.state().get("blanked"):
+                self._instrument.execute(Blank(False), key=f"{name}: unblank")
             yield
         finally:
             try:
-                self._instrument.execute(Blank(True), key=f"{name}: blank")
+                blanked = self._instrument.execute(Blank(True), key=f"{name}: blank")
+                self.last_state = (time.time(), blanked.state)
             except Exception:  # the exposure counts; the server's watch blanks as soon as it can
                 _log.exception("the beam could not be blanked after %s", name)
                 self.desk.unattended = True
@@ -540,13 +579,9 @@ class Guard:
             ) from error
 
 
-def _charge(error: StemloopError, electrons: float) -> float | None:
-    """Electrons to charge for an exposure that failed: none if the instrument says so, None for all reserved."""
-    if isinstance(error, (Refused, InputError)):  # its word that nothing was exposed
-        return 0.0
-    if isinstance(error, Aborted) and error.exposed is not None:
-        return electrons * error.exposed
-    return None
+def _blanked(state: dict[str, Any]) -> dict[str, Any]:
+    """A kept state, with the beam blanked: nobody drives when a server starts."""
+    return {**state, "blanked": type(state["blanked"])(True)} if "blanked" in state else state
 
 
 @contextmanager

@@ -49,6 +49,8 @@ from stemloop.instrument.declaration import (
     read_yaml,
 )
 
+#: What one message can carry, and a little less [bytes].
+FRAME_BYTES_MOST = 600 * 2**20
 #: The form of the file that is written here.
 FORMAT = 2
 
@@ -139,7 +141,7 @@ class Limits:
     frame_bytes_max : most bytes of frames that one command may bring, counted with 8 bytes a value.
     unblank : whether the beam may be left on the sample outside an exposure.
     parked_max_s : how long [s] the open beam may rest on one spot, in an exposure or outside; then it is blanked. A
-        beam that is left open is charged for this time at once. Without it an open beam's dose is not counted.
+        beam that is left open is charged for this time at once. Needed with ``unblank``.
     version : the user's own number of this set of limits.
     """
 
@@ -158,6 +160,15 @@ class Limits:
     unblank: bool = False
     parked_max_s: float | None = None
     version: int = 1
+
+    def __post_init__(self) -> None:
+        if self.unblank and self.parked_max_s is None:
+            raise InputError(
+                "limits with unblank need parked_max_s: for how long [s] the open beam may rest on one spot, whose "
+                "electrons are charged. Without it nobody would count them."
+            )
+        if self.frame_bytes_max > FRAME_BYTES_MOST:
+            raise InputError(f"limit frame_bytes_max is at most {FRAME_BYTES_MOST}: no message carries more.")
 
     # ------------------------------------------------------------------------------------------ reading, writing
 
@@ -294,6 +305,7 @@ class Limits:
         if asked.kind in self.forbidden:
             raise LimitError(f"the limits forbid {asked.kind!r}: ask whoever declares them.")
         state = state or {}
+        self._check_open_beam(asked, state)
         for control, value in moved(asked):
             self._check_control(control, value, state)
         match asked:
@@ -312,6 +324,16 @@ class Limits:
                     "the limits do not let the beam rest on the sample (unblank is false): its dose would not be "
                     "counted. An exposure unblanks the beam for its own time."
                 )
+
+    @staticmethod
+    def _check_open_beam(asked: Instruction, state: State) -> None:
+        """The electrons of an open beam were charged for its current and its place: neither changes under it."""
+        changes = isinstance(asked, (Stage, Field)) or (isinstance(asked, Optics) and asked.current_A is not None)
+        if changes and "blanked" in state and not state["blanked"]:
+            raise LimitError(
+                f"the beam is open, and {asked.kind} would change its current or where it rests on the sample: blank "
+                "it first."
+            )
 
     def opened(self, asked: Instruction, state: State) -> Probe | None:
         """Where the open beam will rest after ``asked``, charged for ``parked_max_s`` at once. None if it does not
@@ -454,7 +476,7 @@ class Limits:
                 "ask for one of these."
             )
         self._check_positions(asked.corners_m(), info, state)
-        self._check_exposure(asked, electrons, 8 * asked.exposed_positions)
+        self._check_exposure(asked, electrons, frame_bytes(asked, info))
         if (total := electrons * asked.exposed_positions) > self.electrons_per_image:
             raise LimitError(
                 f"the image would take {total:.3g} electrons, over the limit of {self.electrons_per_image:.3g}: "
@@ -464,12 +486,18 @@ class Limits:
     def _check_points(
         self, asked: Diffraction | Spectrum, electrons: float, info: InstrumentInfo, state: State
     ) -> None:
-        if isinstance(asked, Spectrum):
-            values = info.energy_loss[2] if info.energy_loss else 1
-        else:
-            values = info.camera.shape[0] * info.camera.shape[1] if info.camera else 1
         self._check_positions(asked.corners_m(), info, state)
-        self._check_exposure(asked, electrons, 8 * values * asked.exposed_positions)
+        self._check_exposure(asked, electrons, frame_bytes(asked, info))
+
+
+def frame_bytes(asked: Instruction, info: InstrumentInfo) -> int:
+    """The most bytes that the frames of an exposure may take: 8 a value."""
+    values = 1
+    if isinstance(asked, Spectrum) and info.energy_loss:
+        values = info.energy_loss[2]
+    elif isinstance(asked, Diffraction) and info.camera:
+        values = info.camera.shape[0] * info.camera.shape[1]
+    return 8 * values * asked.exposed_positions
 
 
 def distance(control: str, value: Any, state: State) -> float:
@@ -539,4 +567,4 @@ class LimitsWatch:
         return f"the beam rested on one spot for {rested:.3g} s, over the limit of {self._limits.parked_max_s:g} s"
 
 
-__all__ = ["CONTROLS", "Control", "Envelope", "Limits", "LimitsWatch", "Region", "moved", "read_yaml"]
+__all__ = ["CONTROLS", "Control", "Envelope", "Limits", "LimitsWatch", "Region", "frame_bytes", "moved", "read_yaml"]

@@ -37,9 +37,13 @@ OVERHEAD_EACH_S = {"diffraction": 2e-3, "spectrum": 2e-3}
 
 def current_A(state: Mapping[str, Any], limits: Limits) -> float:
     """The beam current [A]. An instrument that does not report it is charged the largest one."""
+    return float(state["current_A"]) if knows_current(state) else limits.current_max_A
+
+
+def knows_current(state: Mapping[str, Any]) -> bool:
+    """Whether the instrument reports its beam current."""
     current = state.get("current_A")
-    known = isinstance(current, (int, float)) and math.isfinite(current) and current >= 0
-    return float(current) if known and current is not None else limits.current_max_A
+    return isinstance(current, (int, float)) and math.isfinite(current) and current >= 0
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,8 @@ def _led_to(asked: Instruction, state: dict[str, Any]) -> dict[str, Any]:
         after["blanked"] = asked.blanked
     elif isinstance(asked, Probe):
         after["probe_y_m"], after["probe_x_m"] = asked.position_m
+    elif asked.exposes and "blanked" in state:
+        after["blanked"] = True
     elif isinstance(asked, Field) and asked.extent_m is not None:
         after["field_height_m"], after["field_width_m"] = asked.extent_m
     return after

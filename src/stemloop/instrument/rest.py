@@ -199,6 +199,8 @@ def build_app(station: Station, lifespan: Any = None) -> FastAPI:
 
 
 def _discovery(app: FastAPI, station: Station, speaker: Any) -> None:
+    asked: set[asyncio.Future[dict[str, Any]]] = set()
+
     @app.get("/")
     async def discover() -> dict[str, Any]:
         """What this is and where its channels are."""
@@ -216,12 +218,15 @@ def _discovery(app: FastAPI, station: Station, speaker: Any) -> None:
     @app.get("/state", responses=_refusals(401, 502))
     async def state(who: Identity = Depends(speaker)) -> JSONResponse:
         """State vector, dose, limits, lease and epoch; while the instrument is busy the last state that is known."""
-        asking = asyncio.ensure_future(station.hand.call(station.guard.state))
-        await asyncio.wait({asking}, timeout=0 if station.guard.running else _STATE_WAIT_S)
-        if asking.done():
-            asking.result()
-        else:
-            asking.add_done_callback(lambda done: done.exception())
+        if station.guard.running is None and not asked:  # one question at a time waits for the instrument
+            asking = asyncio.ensure_future(station.hand.call(station.guard.state))
+            asked.add(asking)
+            asking.add_done_callback(asked.discard)
+            await asyncio.wait({asking}, timeout=_STATE_WAIT_S)
+            if asking.done():
+                asking.result()
+            else:
+                asking.add_done_callback(lambda done: done.exception())
         return JSONResponse(jsonable(station.telemetry()))
 
     @app.get("/schema")

@@ -46,6 +46,7 @@ LOCAL_FILE = "local.json"
 LIMITS_FILE = "limits.json"
 
 _SHUTDOWN_S = 10
+_ABORT_AGAIN_S = 0.02
 _MAX_CONNECTIONS = 256
 
 TLS = tuple[str | Path, str | Path]
@@ -97,7 +98,7 @@ def _listen(host: str, port: int, tls: TLS | None) -> socket.socket:
     if not is_loopback(host) and tls is None:
         raise InputError(
             f"{host!r} can be reached from other machines, and without TLS anybody on the way reads the tokens: give "
-            "tls=(certificate, key), or use host='127.0.0.1' and reach it through 'ssh -L'."
+            "tls=(certificate, key) (--tls-cert, --tls-key), or use host='127.0.0.1' and reach it through 'ssh -L'."
         )
     address = "127.0.0.1" if host == "localhost" else host
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -213,6 +214,7 @@ def serve(
         station = Station(guard, known, hand, grace_s)
         _run(station, listener, directory, idle_exit_s, tls, heartbeat_s)
         guard.desk.drop("the server stops")
+        _end_running(guard)
         with suppress(StemloopError):
             hand.submit(station.blank, "the server stops").result()
     finally:
@@ -276,6 +278,14 @@ def _run(
         )
     )
     server.run(sockets=[listener])
+
+
+def _end_running(guard: Guard) -> None:
+    """Abort the command that runs until it has ended, where the instrument can: who stopped us may not wait long."""
+    while (running := guard.running) is not None and guard.can_abort():
+        with suppress(StemloopError):
+            guard.abort(running)
+        time.sleep(_ABORT_AGAIN_S)
 
 
 def _close(hand: Hand, instrument: Instrument, sink: FrameSink | None) -> None:

@@ -12,6 +12,7 @@ later record calls durable is the torn end of a crash and is cut off; any other 
 from __future__ import annotations
 
 import os
+import shutil
 import struct
 import threading
 import time
@@ -30,6 +31,9 @@ _HEADER = struct.Struct("<4sIQI")
 _CRC = struct.Struct("<I")
 _HEADER_BYTES = _HEADER.size + _CRC.size
 _MAGIC = b"SLS1"
+
+#: Room [bytes] that an exposure leaves on the disk beside its frames: for the audit, and for what is written next.
+_SPARE_BYTES = 2**24
 
 #: Epochs are made durable so many at a time; those that are left when a server ends are never given.
 _EPOCHS = 1024
@@ -257,6 +261,16 @@ class Spool:
         that was on the disk at the start. They are handed out once and forgotten."""
         past, self._past = self._past or [], None
         return past
+
+    def raise_if_no_room(self, frame_bytes: int) -> None:
+        """Raise ``StorageError`` if frames of so many bytes might not fit: they would be exposed for nothing."""
+        folder = self._journal.path.parent
+        free, needed = shutil.disk_usage(folder).free, frame_bytes + _SPARE_BYTES
+        if free < needed:
+            raise StorageError(
+                f"{folder} has {free / 1e6:.0f} MB left, and the exposure may need {needed / 1e6:.0f} MB: nothing was "
+                "exposed. Make room on the disk, or ask for fewer frames at a time."
+            )
 
     def lease(self, fencing: int) -> None:
         """Make a new fencing number durable."""

@@ -7,8 +7,9 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from stemloop.core.errors import InputError, InstrumentError, LeaseError, NotAuthorised, StemloopError
 from stemloop.instrument import wire
@@ -31,6 +32,9 @@ _TICK_S = (0.02, 0.5)
 _BLANK_WAIT_S = 0.02
 _ABORT_AGAIN_S = 0.02
 _ABORT_TRIES = 50
+
+
+T = TypeVar("T")
 
 
 class Listener(Protocol):
@@ -97,6 +101,13 @@ class Station:
         self._blanking: asyncio.Task[None] | None = None
         self._chores: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._unparking: Future[None] | None = None
+        self._tokens_error = ""
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="aside")
+
+    async def aside(self, function: Callable[..., T], *args: Any) -> T:
+        """Do what may take long and is not urgent, one at a time, away from what a takeover or an abort waits for."""
+        return await asyncio.get_running_loop().run_in_executor(self._aside, function, *args)
 
     def open(self) -> None:
         """Listen to the desk and the guard from the event loop that runs now."""
@@ -204,7 +215,8 @@ class Station:
         plan = [wire.instruction_from_message(one) for one in asked]
         for one in plan:
             who.require_kind(one.kind)
-        return await self.hand.call(self.guard.check, plan)
+        planner = await self.hand.call(self.guard.planner)
+        return await self.aside(planner, plan)
 
     async def abort(self, who: Identity, lease_id: str | None) -> bool:
         """End the running command for the lease's holder or a higher role; False if nothing runs."""
@@ -223,9 +235,9 @@ class Station:
             return False
         if not self.guard.can_abort():
             raise InstrumentError(f"{self.guard.info.name} cannot end a command early: wait until it ends by itself.")
-        self.guard.note("abort", who.name, id=running.command_id)
-        await asyncio.to_thread(self.guard.abort, running)
-        return True
+        ended = await asyncio.to_thread(self.guard.abort, running)
+        self.guard.note("abort", who.name, id=running.command_id)  # a full disk does not keep anybody from ending it
+        return ended
 
     # ------------------------------------------------------------------------------------------------- the watch
 
@@ -250,19 +262,33 @@ class Station:
 
     def _look(self) -> None:
         lapsed = self.desk.lapse()
+        self.blank_if_unattended("nobody holds the lease")  # before anything that can fail
+        self._unpark()
         if lapsed is not None:
             self.guard.note("lapse", lapsed.holder.name, fencing=lapsed.fencing)
-        self.tokens.refresh()
+        self._look_at_tokens()
+
+    def _unpark(self) -> None:
+        waits = self._unparking is not None and not self._unparking.done()
+        if self.guard.limits.parked_max_s is not None and self.guard.running is None and not waits:
+            self._unparking = self.hand.submit(self.guard.unpark)
+
+    def _look_at_tokens(self) -> None:
+        try:
+            self.tokens.refresh()
+        except (StemloopError, OSError) as error:
+            if str(error) != self._tokens_error:
+                _log.error("the issued tokens cannot be read, those that were read last hold: %s", error)
+            self._tokens_error = str(error)
+        else:
+            self._tokens_error = ""
         lease = self.desk.lease
         if lease is not None:
             try:
                 self.tokens.confirm(lease.holder)
             except NotAuthorised as error:
-                self.guard.note("revoke", lease.holder.name, fencing=lease.fencing)
                 self.desk.drop(str(error))
-        self.blank_if_unattended("nobody holds the lease")
-        if self.guard.limits.parked_max_s is not None and self.guard.running is None:
-            self.hand.submit(self.guard.unpark)
+                self.guard.note("revoke", lease.holder.name, fencing=lease.fencing)
 
     # ---------------------------------------------------------------------------------------------------- events
 

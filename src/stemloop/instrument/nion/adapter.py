@@ -151,7 +151,11 @@ class NionInstrument:
         return {**{f"inside_{name}": value for name, value in inside.items()}, **values, **self._exposed}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`state` gave; another set of names is an :class:`InputError`."""
+        """Take back what :meth:`state` gave; another set of names is an :class:`InputError`.
+
+        The controls of a microscope that was not started for us stay as they are: it remembers them by itself, may have
+        been driven by hand since, and must not move because a server starts.
+        """
         if odd := set(state) ^ set(self.state()):
             raise InputError(
                 f"this is no state of {self._setup.name}: {', '.join(sorted(odd))} missing or unknown. "
@@ -159,7 +163,8 @@ class NionInstrument:
             )
         if self._inside is not None:
             self._inside.restore({name[7:]: value for name, value in state.items() if name.startswith("inside_")})
-        self._change({entry: state[entry] for entry in self._controls})
+        if self._close is not None:
+            self._change({entry: state[entry] for entry in self._controls})
         self._binning = int(state["camera_binning"][0])
         self._exposed = {name: state[name] for name in self._exposed}
         self._choose_view(View((state["field_height_m"], state["field_width_m"]), state["field_rotation_rad"]))
