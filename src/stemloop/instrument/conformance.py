@@ -93,12 +93,13 @@ def samples(subject: Subject) -> Iterator[Instruction]:
             places = tuple(subject.places(3, kind))
             yield (Diffraction if kind == "diffraction" else Spectrum)(places, subject.dwells(kind)[0])
     middle = info.field_m[0] / 2, info.field_m[1] / 2
+    turn = float(state.get("field_rotation_rad") or 0.0)
     quiet: dict[str, Instruction] = {
         "probe": Probe(middle if info.positions_m is None else subject.places(1, "probe")[0]),
         "blank": Blank(True),
         "stage": Stage(**_present(subject, state, Stage, "stage_")),
         "optics": Optics(**_present(subject, state, Optics, "", without=("energy_eV",))),
-        "field": Field(rotation_rad=float(state.get("field_rotation_rad") or 0.0)),
+        "field": Field(rotation_rad=turn if _allowed(subject, "field_rotation_rad") else None),
         "report": Report(),
     }
     for kind, instruction in quiet.items():
