@@ -60,9 +60,8 @@ def write_dm4(path: Path, frames: int, side: int, source: np.ndarray) -> int:
     inside = struct.pack(">BBQ", 1, 0, 5)
     image_data = struct.pack(">BH", 20, 9) + b"ImageData"
     image_data += struct.pack(">Q", len(inside) + len(data) + 2 * size + len(after)) + inside + data
-    open_entry = struct.pack(">BBQ", 1, 0, 2)
-    tags = _group("ImageTags")
-    name = _words("Name", "stack")
+    open_entry = struct.pack(">BBQ", 1, 0, 3)
+    name = _words("Name", "stack") + _group("ImageTags")
     entry_size = len(open_entry) + len(image_data) + 2 * size + len(after) + len(name)
     entry = struct.pack(">BHQ", 20, 0, entry_size) + open_entry + image_data
     list_open = struct.pack(">BBQ", 1, 0, 1)
@@ -73,13 +72,13 @@ def write_dm4(path: Path, frames: int, side: int, source: np.ndarray) -> int:
         + list_open
         + entry
     )
-    root = struct.pack(">BBQ", 1, 0, 2)
-    total = len(root) + len(image_list) + 2 * size + len(after) + len(name) + len(tags)
+    root = struct.pack(">BBQ", 1, 0, 1)
+    total = len(root) + len(image_list) + 2 * size + len(after) + len(name)
     with open(path, "wb") as file:
         file.write(struct.pack(">IQI", 4, total, 1) + root + image_list)
         for k in range(frames):
             file.write(np.ascontiguousarray(source[k % len(source)], "<u2"))
-        file.write(after + name + tags + bytes(8))
+        file.write(after + name + bytes(8))
         file.flush()
         os.fsync(file.fileno())
         return file.tell()

@@ -7,10 +7,10 @@ read back against its checksums, flushed, and only then gets its name. It is kil
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import re
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -29,6 +29,7 @@ from stemloop.store import files, lazy, pipelines, readers, sandbox, sealing
 Progress = Callable[[int, int], None]
 _CHUNK_BYTES = 1 << 20
 _WAITING_BYTES = 8 << 20
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _FAST = "hdf5-bitshuffle-lz4"
 
 
@@ -128,17 +129,19 @@ def write(path: str, source: str, profile: str, folder: Path) -> dict[str, Any]:
     name = os.path.basename(source)
     sets = [_Set("data" if not k else f"{k + 1}_data", rows, profile) for k, rows in enumerate(found)]
     total = sum(entry.bytes for entry in sets)
-    free = shutil.disk_usage(os.path.dirname(path)).free
-    if profile == "working" and total > 4 * free:
-        raise StorageError(f"{name} stands for {total / 1e9:.1f} GB; only {free / 1e9:.1f} GB are free.")
     calibrations = {entry.stream: entry.calibration for entry in sets}
     known = sealing.Known(
         run={"title": str(found[0].metadata.get("title") or name), "converted_from": name},
         calibrations=calibrations,
         profile=profile,
     )
-    with ThreadPoolExecutor(2) as packers:
-        streams = sealing.write(path, _Blocks(sets, packers, _Teller(folder, total)), known)
+    try:
+        with ThreadPoolExecutor(2) as packers:
+            streams = sealing.write(path, _Blocks(sets, packers, _Teller(folder, total)), known)
+    except OSError as error:
+        if error.errno in _DISK or "No space left" in str(error):
+            raise StorageError(f"the disk took no more of {name}; make room, or choose another folder.") from None
+        raise
     return {"raw_bytes": total, "streams": streams}
 
 

@@ -22,7 +22,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from stemloop.core.errors import InputError, StemloopError, UnreadableFile
+from stemloop.core.errors import InputError, IntegrityError, StemloopError, StorageError, UnreadableFile
 from stemloop.core.signal import Axis, Signal
 from stemloop.store import blockfile, guard, readers, sandbox
 from stemloop.store.sealed import Sealed
@@ -109,7 +109,7 @@ def refusing(name: str, timeout_s: float, memory_MB: float) -> Iterator[None]:
         yield
     except sandbox.ChildDied as death:
         raise UnreadableFile(readers.obituary(name, death.why, timeout_s, memory_MB)) from None
-    except UnreadableFile:
+    except (UnreadableFile, StorageError, IntegrityError):
         raise
     except StemloopError as error:
         raise UnreadableFile(f"{name} could not be read: {error}") from None

@@ -249,7 +249,10 @@ def _main(folder: Path) -> None:
         function = getattr(importlib.import_module(module), name)
         _limit(job["cpu_s"], job["memory_MB"], job["grow"], talk >= 0)
         value = function(folder=folder, **job["arguments"])
-        answer = {"value": _talk(talk, value, job["cpu_s"]) if talk >= 0 else value}
+        if talk >= 0:
+            _talk(talk, value, job["cpu_s"])
+            value = None
+        answer = {"value": value}
     except StemloopError as error:
         answer = {"error": error.code, "message": str(error)}
     except MemoryError:
