@@ -30,7 +30,6 @@ def _convert(words: argparse.Namespace) -> int:
         made = convert(
             words.path,
             words.out,
-            profile=words.profile,
             overwrite=words.overwrite,
             memory_MB=words.memory_MB,
             progress=progress,

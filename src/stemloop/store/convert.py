@@ -30,20 +30,18 @@ Progress = Callable[[int, int], None]
 _CHUNK_BYTES = 1 << 20
 _WAITING_BYTES = 8 << 20
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-_FAST = "hdf5-bitshuffle-lz4"
 
 
 def convert(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    profile: str = "portable",
     overwrite: bool = False,
     memory_MB: float = 1024.0,
     stall_s: float = 120.0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Copy what is in ``path`` into the sealed file ``out`` (see :mod:`stemloop.store.files`).
+    """Copy what is in ``path`` into the sealed file ``out`` (see :mod:`stemloop.store.files`, profile ``portable``).
 
     Each dataset becomes a stream, ``data``, ``2_data`` ...: an image is one frame, a stack a frame each, a scan of
     patterns or spectra a scan. Axes keep their calibration in SI units. What the reader found besides (title, beam
@@ -51,7 +49,6 @@ def convert(
 
     Parameters
     ----------
-    profile : ``portable`` (shuffle, deflate) or ``working`` (bitshuffle and LZ4: faster, needs ``hdf5plugin``).
     overwrite : replace ``out`` if it is there. It is replaced in one step, or not at all.
     memory_MB : most memory [MB] of the child, besides the file that it maps.
     stall_s : the child is killed when it gets no further in this time.
@@ -66,14 +63,14 @@ def convert(
     """
     readers.look(Path(path))
     target = Path(out)
-    files.writable(target, overwrite, profile)
+    files.writable(target, overwrite)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     _sweep(target)
     room = memory_MB + lazy.mapped_MB(path)
     try:
         with sandbox.scratch() as folder, lazy.refusing(Path(path).name, stall_s, memory_MB):
             watch = _Watch(folder / "progress", stall_s, progress)
-            arguments = {"path": str(part.absolute()), "source": str(Path(path).absolute()), "profile": profile}
+            arguments = {"path": str(part.absolute()), "source": str(Path(path).absolute())}
             made: dict[str, Any] = sandbox.call(
                 "stemloop.store.convert:write",
                 arguments,
@@ -123,17 +120,16 @@ class _Watch:
 # ------------------------------------------------------------------------------------------------- in the child
 
 
-def write(path: str, source: str, profile: str, folder: Path) -> dict[str, Any]:
+def write(path: str, source: str, folder: Path) -> dict[str, Any]:
     """Write the sealed file ``path`` from the recorded file ``source``."""
     found = lazy.open_rows(source)
     name = os.path.basename(source)
-    sets = [_Set("data" if not k else f"{k + 1}_data", rows, profile) for k, rows in enumerate(found)]
+    sets = [_Set("data" if not k else f"{k + 1}_data", rows) for k, rows in enumerate(found)]
     total = sum(entry.bytes for entry in sets)
     calibrations = {entry.stream: entry.calibration for entry in sets}
     known = sealing.Known(
         run={"title": str(found[0].metadata.get("title") or name), "converted_from": name},
         calibrations=calibrations,
-        profile=profile,
     )
     try:
         with ThreadPoolExecutor(2) as packers:
@@ -162,7 +158,7 @@ class _Teller:
 class _Set:
     """A dataset to be: which frames its rows are."""
 
-    def __init__(self, stream: str, rows: lazy.Rows, profile: str) -> None:
+    def __init__(self, stream: str, rows: lazy.Rows) -> None:
         self.stream, self.rows = stream, rows
         axes, shape = rows.axes, rows.shape
         spectra = axes[-1].name in ("energy", "energy_loss")
@@ -182,7 +178,7 @@ class _Set:
         else:
             self.side = min(wanted, self.n)
         self.whole = lead == 0
-        self.codec = _FAST if profile == "working" else SHUFFLE_DEFLATE
+        self.codec = SHUFFLE_DEFLATE
         self.calibration: dict[str, Any] = {
             "axes": [vars(axis) for axis in axes[lead:]],
             "metadata": readers.jsonable(rows.metadata),

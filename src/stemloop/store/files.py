@@ -277,7 +277,7 @@ def told(entry: Set, known: Known) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ in the parent
 
 
-def writable(target: Path, overwrite: bool, profile: str) -> None:
+def writable(target: Path, overwrite: bool, profile: str = "portable") -> None:
     """Whether ``target`` can be made: an error that says why, if not."""
     if profile not in PROFILES:
         raise InputError(f"{profile!r} is no profile of a sealed file; choose one of {', '.join(PROFILES)}.")

@@ -40,27 +40,32 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True)
 class Manifest:
     """What a file is: ``name`` (with ``/`` between folders), ``size``, ``sha256`` of the whole, and of each chunk of
-    ``chunk`` bytes."""
+    ``chunk`` bytes. ``md5`` of each, where the destination names its parts by it."""
 
     name: str
     size: int
     chunk: int
     sha256: str
     chunks: tuple[str, ...]
+    md5: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, path: str | os.PathLike[str], name: str | None = None, chunk: int = CHUNK_BYTES) -> Manifest:
+    def of(
+        cls, path: str | os.PathLike[str], name: str | None = None, chunk: int = CHUNK_BYTES, md5: bool = False
+    ) -> Manifest:
         """Read ``path`` once and hash it."""
         size = os.path.getsize(path)
         chunk = max(chunk, -(-size // MOST_CHUNKS))
-        whole, parts = hashlib.sha256(), []
+        whole, parts, others = hashlib.sha256(), [], []
         with open(path, "rb") as file:
             while piece := file.read(chunk):
                 whole.update(piece)
                 parts.append(hashlib.sha256(piece).hexdigest())
+                if md5:
+                    others.append(hashlib.md5(piece, usedforsecurity=False).hexdigest())
         if len(parts) != -(-size // chunk):
             raise InputError(f"{path} changed while it was read; wait until nobody writes to it.")
-        return cls(name or Path(path).name, size, chunk, whole.hexdigest(), tuple(parts))
+        return cls(name or Path(path).name, size, chunk, whole.hexdigest(), tuple(parts), tuple(others))
 
     def span(self, index: int) -> tuple[int, int]:
         """(offset, bytes) of a chunk."""
@@ -115,7 +120,7 @@ def send(
     destination gives back other bytes, again and again), :class:`StorageError`, :class:`NotAuthorised`. What arrived
     stays there: call it again to go on.
     """
-    manifest = Manifest.of(path, name, chunk)
+    manifest = Manifest.of(path, name, chunk, md5=isinstance(target, Bucket))
     wanted = target.begin(manifest, overwrite)
     if wanted is None:
         return Sent(manifest.name, manifest.size, manifest.sha256, 0, 0)
@@ -304,7 +309,8 @@ class Bucket:
             if not manifest.chunks:
                 return []
             self._upload[manifest.name] = upload = self._unfinished(manifest, key)
-            return [i for i in range(len(manifest.chunks)) if self._parts(key, upload).get(i) != manifest.chunks[i]]
+            held = self._parts(key, upload)
+            return [i for i in range(len(manifest.chunks)) if not _is(manifest, i, held.get(i))]
 
     def _unfinished(self, manifest: Manifest, key: dict[str, str]) -> str:
         """An upload of this very file that was cut off, or a new one."""
@@ -313,21 +319,17 @@ class Bucket:
             for upload in page.get("Uploads", ()):
                 if upload["Key"] == key["Key"]:
                     held = self._parts(key, upload["UploadId"])
-                    if all(i < len(manifest.chunks) and manifest.chunks[i] == sha for i, sha in held.items()):
+                    if held and all(_is(manifest, i, part) for i, part in held.items()):
                         return str(upload["UploadId"])
         made = self._client.create_multipart_upload(
             **key, ChecksumAlgorithm="SHA256", Metadata={"sha256": manifest.sha256}
         )
         return str(made["UploadId"])
 
-    def _parts(self, key: dict[str, str], upload: str) -> dict[int, str]:
-        """SHA-256 of the chunks that an upload holds."""
+    def _parts(self, key: dict[str, str], upload: str) -> dict[int, dict[str, Any]]:
+        """What the service says of the chunks that an upload holds."""
         pages = self._client.get_paginator("list_parts").paginate(**key, UploadId=upload)
-        return {
-            part["PartNumber"] - 1: base64.b64decode(part.get("ChecksumSHA256", "")).hex()
-            for page in pages
-            for part in page.get("Parts", ())
-        }
+        return {part["PartNumber"] - 1: part for page in pages for part in page.get("Parts", ())}
 
     def put(self, manifest: Manifest, index: int, data: bytes) -> None:
         key = self._key(manifest)
@@ -348,15 +350,11 @@ class Bucket:
                 return []
             upload = self._upload[manifest.name]
             held = self._parts(key, upload)
-            wrong = [i for i, sha in enumerate(manifest.chunks) if held.get(i) != sha]
+            wrong = [i for i in range(len(manifest.chunks)) if not _is(manifest, i, held.get(i))]
             if wrong:
                 return wrong
-            listed = self._client.get_paginator("list_parts").paginate(**key, UploadId=upload)
-            parts = [
-                {name: part[name] for name in ("PartNumber", "ETag", "ChecksumSHA256") if name in part}
-                for page in listed
-                for part in page["Parts"]
-            ]
+            names = ("PartNumber", "ETag", "ChecksumSHA256")
+            parts = [{name: held[i][name] for name in names if name in held[i]} for i in sorted(held)]
             self._client.complete_multipart_upload(**key, UploadId=upload, MultipartUpload={"Parts": parts})
             del self._upload[manifest.name]
             return [] if self._digest(key) == manifest.sha256 else list(range(len(manifest.chunks)))
@@ -377,6 +375,15 @@ class Bucket:
         for piece in self._client.get_object(**key)["Body"].iter_chunks(_WINDOW):
             digest.update(piece)
         return digest.hexdigest()
+
+
+def _is(manifest: Manifest, index: int, part: dict[str, Any] | None) -> bool:
+    """Whether a part of an upload is the chunk: by its SHA-256 if the service tells it, else by its MD5."""
+    if part is None or index >= len(manifest.chunks):
+        return False
+    if word := part.get("ChecksumSHA256"):
+        return base64.b64decode(word).hex() == manifest.chunks[index]
+    return bool(manifest.md5) and part["ETag"].strip('"') == manifest.md5[index]
 
 
 @contextlib.contextmanager
