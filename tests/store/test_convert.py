@@ -244,6 +244,7 @@ def test_mutated_files_are_read_or_refused(tmp_path, seed):
 
 @real
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_real_file_is_opened_or_refused_with_a_clear_error(tmp_path):
     opened = 0
     for path in sorted(path for path in DATA.rglob("*") if path.is_file()):

@@ -104,6 +104,25 @@ def test_flips_and_tears_are_healed_and_counted(tmp_path):
     assert (tmp_path / "there/run.h5").read_bytes() == source.read_bytes()
 
 
+@pytest.mark.slow
+def test_every_flipped_bit_is_found_in_its_place_and_healed(tmp_path):
+    """10^5 single flips of a random bit: exactly the chunk it is in is found wrong, and whole after it is sent again."""
+    source = tmp_path / "run.h5"
+    source.write_bytes(content(16 * 64))
+    manifest, target, random_ = Manifest.of(source, chunk=64), Folder(tmp_path / "there"), random.Random(0)
+    for index in target.begin(manifest):
+        target.put(manifest, index, source.read_bytes()[64 * index : 64 * index + 64])
+    _, part = target._paths(manifest)
+    with open(part, "r+b", buffering=0) as file:
+        for _ in range(100_000):
+            place, bit = random_.randrange(1024), 1 << random_.randrange(8)
+            byte = os.pread(file.fileno(), 1, place)[0]
+            os.pwrite(file.fileno(), bytes([byte ^ bit]), place)
+            assert transfer._wrong(part, manifest) == [place // 64]
+            target.put(manifest, place // 64, source.read_bytes()[place // 64 * 64 :][:64])
+    assert target.settle(manifest) == []
+
+
 def test_a_destination_that_stays_wrong_is_named(tmp_path):
     source = tmp_path / "run.h5"
     source.write_bytes(content(3 * CHUNK))

@@ -109,8 +109,12 @@ def refusing(name: str, timeout_s: float, memory_MB: float) -> Iterator[None]:
         yield
     except sandbox.ChildDied as death:
         raise UnreadableFile(readers.obituary(name, death.why, timeout_s, memory_MB)) from None
-    except (UnreadableFile, StorageError, IntegrityError):
+    except (StorageError, IntegrityError):
         raise
+    except UnreadableFile as error:
+        if name in str(error):
+            raise
+        raise UnreadableFile(f"{name} could not be read: {error}") from None
     except StemloopError as error:
         raise UnreadableFile(f"{name} could not be read: {error}") from None
 

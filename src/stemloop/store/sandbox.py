@@ -245,7 +245,8 @@ def _main(folder: Path) -> None:
     if talk >= 0:  # what a library prints is no answer
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
-        _die_with_the_parent()
+        if talk < 0:  # one that talks ends with its questions, and may be asked by another thread than began it
+            _die_with_the_parent()
         function = getattr(importlib.import_module(module), name)
         _limit(job["cpu_s"], job["memory_MB"], job["grow"], talk >= 0)
         value = function(folder=folder, **job["arguments"])
