@@ -106,7 +106,7 @@ def test_flips_and_tears_are_healed_and_counted(tmp_path):
 
 @pytest.mark.slow
 def test_every_flipped_bit_is_found_in_its_place_and_healed(tmp_path):
-    """10^5 single flips of a random bit: exactly the chunk it is in is found wrong, and whole after it is sent again."""
+    """10^5 single flips of a random bit: just the chunk it is in is found wrong, and healed when sent again."""
     source = tmp_path / "run.h5"
     source.write_bytes(content(16 * 64))
     manifest, target, random_ = Manifest.of(source, chunk=64), Folder(tmp_path / "there"), random.Random(0)
