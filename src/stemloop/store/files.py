@@ -123,10 +123,8 @@ def seal_in_child(
     timeout_s: float = 3600.0,
 ) -> dict[str, Any]:
     """Seal with ``function`` (``module:name``), called in a child process as :func:`write` is; see :func:`seal`."""
-    if told.profile not in PROFILES:
-        raise InputError(f"{told.profile!r} is no profile of a sealed file; choose one of {', '.join(PROFILES)}.")
     target = Path(path)
-    _writable(target, overwrite)
+    writable(target, overwrite, told.profile)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with sandbox.scratch() as folder:
@@ -140,7 +138,7 @@ def seal_in_child(
                 grow=True,
             )
         os.replace(part, target)
-        _sync_folder(target.absolute().parent)
+        sync_folder(target.absolute().parent)
     except sandbox.ChildDied as death:
         if death.why.startswith(("ValueError", "TypeError", "KeyError")):
             raise InputError(f"{target} was not sealed: {death.why}.") from None
@@ -256,23 +254,33 @@ def _signal(file: Sealed, entry: Set, known: Known) -> Signal:
     lead = sealing.lead_axes(calibration, entry.scan if entry.scan and not entry.missing else (len(data),))
     axes = (*lead, *frame_axes(calibration, entry.shape))
     metadata = {
+        **told(entry, known),
+        "sequence": sequence,
+        "position_m": sealing.places(known.positions.get(entry.stream), sequence),
+    }
+    return Signal(data.reshape([axis.size for axis in lead] + list(entry.shape)), axes, metadata)
+
+
+def told(entry: Set, known: Known) -> dict[str, Any]:
+    """What is known of a dataset of a sealed file, besides its frames."""
+    return {
         "title": entry.name,
         "reader": "stemloop",
         "stream": entry.stream,
-        "sequence": sequence,
         "missing": [list(span) for span in entry.missing],
-        "position_m": sealing.places(known.positions.get(entry.stream), sequence),
-        "calibration": calibration,
+        "calibration": known.calibrations.get(entry.stream, {}),
         "meta": known.meta.get(entry.name, []),
         "run": known.run,
     }
-    return Signal(data.reshape([axis.size for axis in lead] + list(entry.shape)), axes, metadata)
 
 
 # ------------------------------------------------------------------------------------------------ in the parent
 
 
-def _writable(target: Path, overwrite: bool) -> None:
+def writable(target: Path, overwrite: bool, profile: str = "portable") -> None:
+    """Whether ``target`` can be made: an error that says why, if not."""
+    if profile not in PROFILES:
+        raise InputError(f"{profile!r} is no profile of a sealed file; choose one of {', '.join(PROFILES)}.")
     folder = target.absolute().parent
     if not folder.is_dir():
         raise StorageError(f"there is no folder {folder}; make it first.")
@@ -286,7 +294,8 @@ def _writable(target: Path, overwrite: bool) -> None:
         raise StorageError(f"cannot write in {folder}: {error.strerror}. Choose another folder.") from None
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Flush the names in ``folder`` to the disk."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

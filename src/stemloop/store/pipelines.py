@@ -7,6 +7,7 @@ any of them can be copied between a landing log and a file without being unpacke
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import h5py
@@ -76,7 +77,7 @@ class _in_memory:
     """A dataset of one chunk in an HDF5 file that exists in memory alone: HDF5 as a packer."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], codec: str) -> None:
-        self._file = h5py.File("chunk", "w", driver="core", backing_store=False)
+        self._file = h5py.File(f"chunk-{threading.get_ident()}", "w", driver="core", backing_store=False)
         self._data = self._file.create_dataset("c", shape, dtype, chunks=shape, **options(codec))
 
     def __enter__(self) -> Any:

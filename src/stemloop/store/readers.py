@@ -8,7 +8,9 @@ and the energy axis last.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import inspect
 import math
 import os
 import re
@@ -22,7 +24,7 @@ from numpy.typing import NDArray
 
 from stemloop.core.errors import StemloopError, UnreadableFile
 from stemloop.core.signal import Axis, Signal
-from stemloop.store import guard, sandbox
+from stemloop.store import blockfile, guard, sandbox
 
 _UNITS: dict[str, tuple[str, float]] = {
     "m": ("m", 1.0),
@@ -82,9 +84,9 @@ def read(
     Errors: :class:`UnreadableFile` for every way in which this can fail.
     """
     name = Path(path).name
-    _look(Path(path))
+    look(Path(path))
     if mapped and Path(path).suffix.lower() == ".npy":
-        return _mapped(Path(path))
+        return map_array(Path(path))
     with sandbox.scratch() as folder:
         arguments = {"path": str(Path(path).absolute())}
         try:
@@ -92,19 +94,20 @@ def read(
                 "stemloop.store.readers:load", arguments, folder, timeout_s=timeout_s, memory_MB=memory_MB
             )
         except sandbox.ChildDied as death:
-            raise UnreadableFile(_obituary(name, death.why, timeout_s, memory_MB)) from None
+            raise UnreadableFile(obituary(name, death.why, timeout_s, memory_MB)) from None
         except UnreadableFile:
             raise
         except StemloopError as error:
             raise UnreadableFile(f"{name} could not be read: {error}") from None
-        signals = []
+        made = []
         for i, entry in enumerate(found):
             data = np.load(folder / f"{i}.npy", mmap_mode="r" if mapped else None, allow_pickle=False)
-            signals.append(Signal(data, tuple(Axis(**axis) for axis in entry["axes"]), entry["metadata"]))
-        return signals
+            made.append(Signal(data, tuple(Axis(**axis) for axis in entry["axes"]), entry["metadata"]))
+        return made
 
 
-def _obituary(name: str, why: str, timeout_s: float, memory_MB: float) -> str:
+def obituary(name: str, why: str, timeout_s: float, memory_MB: float) -> str:
+    """Why a reading child died, for the user."""
     if why == "time":
         return (
             f"{name} was not read in {timeout_s:g} s and the reader was stopped; the file is broken, or give more time."
@@ -114,7 +117,7 @@ def _obituary(name: str, why: str, timeout_s: float, memory_MB: float) -> str:
     return f"{name} broke its reader ({why}); the file is damaged or of another kind than its name says."
 
 
-def _look(path: Path) -> None:
+def look(path: Path) -> None:
     """What can be said of a file without opening it."""
     try:
         status = path.stat()
@@ -137,31 +140,35 @@ def _look(path: Path) -> None:
 
 def load(path: str, folder: Path) -> list[dict[str, Any]]:
     """Read ``path``; arrays go to ``folder/0.npy`` ..., what describes them is returned. Runs in the child."""
-    signals = _signals(path)
-    if not signals:
+    found = signals(path)
+    if not found:
         raise UnreadableFile(f"{os.path.basename(path)} holds no data.")
     described = []
-    for i, signal in enumerate(signals):
+    for i, signal in enumerate(found):
         np.save(folder / f"{i}.npy", signal.data, allow_pickle=False)
         axes = [{**vars(axis)} for axis in signal.axes]
-        described.append({"axes": axes, "metadata": {**_json(signal.metadata), "file": os.path.basename(path)}})
+        described.append({"axes": axes, "metadata": {**jsonable(signal.metadata), "file": os.path.basename(path)}})
     return described
 
 
-def _json(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """``value`` as JSON can say it."""
     if isinstance(value, dict):
-        return {str(key): _json(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_json(item) for item in value]
+        return [jsonable(item) for item in value]
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
     return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
 
 
-def _signals(path: str) -> list[Signal]:
+def signals(path: str, lazy: bool = False) -> list[Signal]:
+    """What is in ``path``; with ``lazy`` arrays are read where they are touched, if their format allows it."""
     suffix = Path(path).suffix.lower()
     if suffix in _ARRAYS:
         return _arrays(path)
+    if suffix == ".blo":
+        return [blockfile.read(path)]
     hdf5 = h5py.is_hdf5(path)
     if hdf5:
         guard.check(path)
@@ -171,7 +178,7 @@ def _signals(path: str) -> list[Signal]:
             return files.read_sealed(path)
     if suffix == ".xml":
         _stay_home(path)
-    return _rosetta(path, suffix.lstrip("."), hdf5)
+    return _rosetta(path, suffix.lstrip("."), hdf5, lazy)
 
 
 def _arrays(path: str) -> list[Signal]:
@@ -184,7 +191,7 @@ def _arrays(path: str) -> list[Signal]:
     ]
 
 
-def _mapped(path: Path) -> list[Signal]:
+def map_array(path: Path) -> list[Signal]:
     """A ``.npy`` file as it lies on the disk."""
     try:
         data = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -221,7 +228,7 @@ def _candidates(suffix: str, hdf5: bool) -> list[tuple[str, str]]:
     return list(found.items())
 
 
-def _rosetta(path: str, suffix: str, hdf5: bool) -> list[Signal]:
+def _rosetta(path: str, suffix: str, hdf5: bool, lazy: bool = False) -> list[Signal]:
     name = os.path.basename(path)
     candidates = _candidates(suffix, hdf5)
     if not candidates:
@@ -229,9 +236,9 @@ def _rosetta(path: str, suffix: str, hdf5: bool) -> list[Signal]:
     reasons: list[str] = []
     for reader, module in candidates:
         try:
-            options = {"nxdata_only": True} if reader == "NeXus" else {}
-            entries = importlib.import_module(module).file_reader(path, **options)
-            signals = [_signal(entry, reader, path) for entry in entries if np.size(entry["data"])]
+            options: dict[str, Any] = {"nxdata_only": True} if reader == "NeXus" else {}
+            entries = _entries(importlib.import_module(module).file_reader, path, options, lazy)
+            found = [_signal(entry, reader, path, lazy) for entry in entries if np.prod(np.shape(entry["data"]))]
         except MemoryError:
             raise
         except ImportError as error:
@@ -240,15 +247,28 @@ def _rosetta(path: str, suffix: str, hdf5: bool) -> list[Signal]:
         except Exception as error:
             reasons.append(f"{reader}: {type(error).__name__}: {' '.join(str(error).split())[:120]}")
         else:
-            if signals:
-                return signals
+            if found:
+                return found
             reasons.append(f"{reader} found no data")
     raise UnreadableFile(f"{name} could not be read ({'; '.join(reasons[:3])}).")
 
 
-def _signal(entry: dict[str, Any], reader: str, path: str) -> Signal:
-    """One dictionary of RosettaSciIO as a signal in the house's convention."""
-    data = _numbers(np.asarray(entry["data"]))
+def _entries(reader: Any, path: str, options: dict[str, Any], lazy: bool) -> list[dict[str, Any]]:
+    """What a plugin of RosettaSciIO finds, with arrays that are read where they are touched if it can do that."""
+    if lazy:
+        known = inspect.signature(reader).parameters
+        waiting = {**options, "lazy": True, **({"optimize": False} if "optimize" in known else {})}
+        with contextlib.suppress(NotImplementedError, TypeError, ValueError):
+            entries: list[dict[str, Any]] = reader(path, **waiting)
+            return entries
+    return list(reader(path, **options))
+
+
+def _signal(entry: dict[str, Any], reader: str, path: str, lazy: bool = False) -> Signal:
+    """One dictionary of RosettaSciIO as a signal in the house's convention; ``lazy``: its data are not touched."""
+    data = entry["data"] if lazy else numbers(np.asarray(entry["data"]))
+    if reader == "QuantumDetector" and data.ndim >= 2:
+        data = data[..., ::-1, :]  # the plugin turns Merlin's frames upside down; row 0 is the detector's first
     axes = sorted(entry["axes"], key=lambda axis: axis.get("index_in_array") or 0)
     if all(axis.get("index_in_array") is not None for axis in axes) is False or len(axes) != data.ndim:
         axes = list(entry["axes"])
@@ -257,7 +277,7 @@ def _signal(entry: dict[str, Any], reader: str, path: str) -> Signal:
     tree = entry.get("metadata") or {}
     kind = str(_dig(tree, "Signal", "signal_type") or "")
     order = _order(axes)
-    data = np.ascontiguousarray(np.transpose(data, order))
+    data = data.transpose(order) if lazy else np.ascontiguousarray(np.transpose(data, order))
     made, uncalibrated = _axes([axes[i] for i in order], data.shape, kind)
     metadata: dict[str, Any] = {"title": str(_dig(tree, "General", "title") or Path(path).stem), "reader": reader}
     metadata.update(_metadata(tree, kind))
@@ -266,7 +286,8 @@ def _signal(entry: dict[str, Any], reader: str, path: str) -> Signal:
     return Signal(data, made, metadata)
 
 
-def _numbers(data: NDArray[Any]) -> NDArray[Any]:
+def numbers(data: NDArray[Any]) -> NDArray[Any]:
+    """Plain numbers in the machine's byte order; of colours the mean."""
     if data.dtype.names and set("RGB") <= set(data.dtype.names):
         data = np.asarray(np.mean([data[channel] for channel in "RGB"], axis=0, dtype=np.float32))
     if data.dtype.kind not in "biufc":

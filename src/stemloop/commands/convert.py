@@ -1,0 +1,51 @@
+"""``convert``: a recorded file of any kind into one sealed HDF5 file."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+def add(verbs: Any) -> None:
+    """Add the verb ``convert``."""
+    convert = verbs.add_parser("convert", help="copy a recorded file of any kind into one open HDF5 file")
+    convert.add_argument("path", type=Path, metavar="IN")
+    convert.add_argument("out", type=Path, metavar="OUT.h5")
+    convert.add_argument(
+        "--profile", default="portable", help="portable (default: needs no plugin) or working (faster)"
+    )
+    convert.add_argument("--overwrite", action="store_true", help="replace OUT.h5 if it is there")
+    convert.add_argument("--memory-MB", type=float, default=1024.0, metavar="M", help="most memory of the reader")
+    convert.add_argument("--quiet", action="store_true", help="no progress bar")
+    convert.set_defaults(do=_convert)
+
+
+def _convert(words: argparse.Namespace) -> int:
+    from stemloop.store.convert import convert
+
+    with bar(words.path.name, words.quiet) as progress:
+        made = convert(
+            words.path,
+            words.out,
+            overwrite=words.overwrite,
+            memory_MB=words.memory_MB,
+            progress=progress,
+        )
+    frames = sum(stream["frames"] for stream in made["streams"].values())
+    print(f"{words.out}: {frames} frames in {made['bytes']} bytes, from {made['raw_bytes']}")
+    return 0
+
+
+@contextlib.contextmanager
+def bar(title: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar of bytes on standard error: what it gives is called with (done, of how many)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=quiet) as shown:
+        task = shown.add_task(title, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
