@@ -28,8 +28,8 @@ class Live:
         acknowledges nothing, the sender's credit runs out: what waits never grows, and nothing is lost.
     watch : called with each block when all folds have it (to redraw, to measure the delay), by the folding thread.
 
-    A block that cannot be folded (damaged, of another shape, outside the scan) stops the folding and is raised by
-    :meth:`wait` and :meth:`results`; the receiver goes on.
+    A block that cannot be folded (damaged, of another shape, outside the scan) stops the folding. The methods
+    ``wait`` and ``results`` raise its error; the receiver goes on.
     """
 
     def __init__(
