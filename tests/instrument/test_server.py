@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -422,3 +423,14 @@ def test_the_client_does_not_pull_in_the_server():
     code = "import sys, stemloop.instrument.client, stemloop.instrument.replay; sys.exit('fastapi' in sys.modules)"
     source = str(Path(__file__).parents[2] / "src")
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": source}, check=True)
+
+
+def test_a_reply_does_not_wait_until_an_event_was_acknowledged():
+    # asyncio turns the delay of small packets off on sockets whose protocol is named, and on no others
+    from stemloop.instrument.server import _listen
+
+    with _listen("127.0.0.1", 0, None) as listener, socket.create_connection(listener.getsockname()) as caller:
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.proto == socket.IPPROTO_TCP
+            assert caller.getpeername()[1] == listener.getsockname()[1]
