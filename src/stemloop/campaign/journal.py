@@ -19,6 +19,7 @@ from typing import Any
 
 import google_crc32c
 
+from stemloop.core.durable import sync_folder
 from stemloop.core.errors import IntegrityError, StorageError
 
 
@@ -59,7 +60,7 @@ class Journal:
             return
         try:
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            self._sync_folder()
+            sync_folder(self.path.parent)
         except OSError as error:
             raise StorageError(f"the journal {self.path} cannot be written: {error.strerror}.") from None
         self._size = os.fstat(self._file).st_size
@@ -83,13 +84,6 @@ class Journal:
             records.append(record)
             good += len(line)
         return records
-
-    def _sync_folder(self) -> None:
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
     def find(self, kind: str, key: str) -> dict[str, Any] | None:
         """The record ``(kind, key)``, or None."""

@@ -16,9 +16,10 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stemloop.core.durable import sync_folder
 from stemloop.core.errors import IntegrityError, StorageError, UnreadableFile
 from stemloop.instrument import wire
-from stemloop.instrument.files import sync_data, sync_directory, write_all
+from stemloop.instrument.files import sync_data, write_all
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Audit:
         self._failed = ""
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
-            sync_directory(path.parent)
+            sync_folder(path.parent)
             count, last, end = self._whole_lines()
             os.ftruncate(self._descriptor, end)
             os.lseek(self._descriptor, 0, os.SEEK_END)

@@ -8,20 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from stemloop.core.durable import sync_folder
 from stemloop.core.errors import StorageError
 
 #: Make the data of a file durable (without its times, where the system can).
 sync_data = getattr(os, "fdatasync", os.fsync)
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    if sys.platform != "win32":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def write_all(descriptor: int, data: bytes) -> None:
@@ -39,7 +30,7 @@ def write_atomically(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
-    sync_directory(path.parent)
+    sync_folder(path.parent)
 
 
 class FileLock:

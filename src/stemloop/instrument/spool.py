@@ -22,10 +22,11 @@ from typing import Any
 
 import google_crc32c
 
+from stemloop.core.durable import sync_folder
 from stemloop.core.errors import IntegrityError, OutcomeUnknown, StorageError
 from stemloop.core.protocols import Exposure
 from stemloop.instrument import wire
-from stemloop.instrument.files import sync_data, sync_directory, write_all
+from stemloop.instrument.files import sync_data, write_all
 
 _HEADER = struct.Struct("<4sIQI")
 _CRC = struct.Struct("<I")
@@ -57,7 +58,7 @@ class Journal:
         self._lock = threading.RLock()
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
-            sync_directory(path.parent)
+            sync_folder(path.parent)
             self.size = os.fstat(self._descriptor).st_size
             self._synced = 0
             self._failed = ""

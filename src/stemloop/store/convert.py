@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stemloop.core.chunk import SHUFFLE_DEFLATE
+from stemloop.core.durable import sync_folder
 from stemloop.core.errors import StorageError
 from stemloop.core.protocols import Encoded
 from stemloop.store import files, lazy, pipelines, readers, sandbox, sealing
@@ -81,7 +82,7 @@ def convert(
                 alive=watch,
             )
         os.replace(part, target)
-        files.sync_folder(target.absolute().parent)
+        sync_folder(target.absolute().parent)
     except OSError as error:
         raise StorageError(f"cannot write {target}: {error.strerror}. Choose another folder, or make room.") from None
     finally:

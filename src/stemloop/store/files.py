@@ -29,6 +29,7 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
+from stemloop.core.durable import sync_folder
 from stemloop.core.errors import InputError, IntegrityError, StorageError, UnreadableFile
 from stemloop.core.protocols import Batch, Encoded
 from stemloop.core.signal import Axis, Signal
@@ -292,15 +293,6 @@ def writable(target: Path, overwrite: bool, profile: str = "portable") -> None:
         probe.unlink()
     except OSError as error:
         raise StorageError(f"cannot write in {folder}: {error.strerror}. Choose another folder.") from None
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush the names in ``folder`` to the disk."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _plain(value: Any) -> Any:

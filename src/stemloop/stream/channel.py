@@ -31,11 +31,11 @@ from numpy.typing import NDArray
 
 from stemloop.core.errors import InputError, InstrumentError, StemloopError, StorageError
 from stemloop.core.protocols import Batch, Encoded, FrameLog
+from stemloop.core.spans import Spans
 from stemloop.stream import cut, packet
 from stemloop.stream.flow import Inbox, Key, Outbox, Parcel
 from stemloop.stream.keys import Keys, arm_receiver, arm_sender, guard, is_local
 from stemloop.stream.ring import Place, Ring, Window
-from stemloop.stream.spans import Spans
 
 _POLL_MS = 50
 _GROUP_BYTES = 64 << 20

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from stemloop.core.errors import InputError
-from stemloop.stream.spans import Span, Spans
+from stemloop.core.spans import Span, Spans
 
 #: What a declaration counts for in the window [bytes].
 _DECLARATION = 64

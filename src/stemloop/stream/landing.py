@@ -30,11 +30,12 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
+from stemloop.core.durable import sync_folder
 from stemloop.core.errors import InputError, IntegrityError, StorageError
 from stemloop.core.protocols import Batch, Encoded
+from stemloop.core.spans import Span, Spans
 from stemloop.stream import packet
 from stemloop.stream.ledger import Account
-from stemloop.stream.spans import Span, Spans
 
 VERSION = 1
 _FILE = struct.Struct("<8sHH112sI")
@@ -91,14 +92,6 @@ def _dead(file: int) -> bool:
     except OSError as error:
         return error.errno in (errno.EIO, errno.EROFS, errno.ESTALE)
     return False
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _reserve(file: int, offset: int, length: int) -> None:
@@ -218,7 +211,7 @@ class LandingLog:
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, head, 0)
             os.fsync(self._file)
-            _sync_folder(self.path.absolute().parent)
+            sync_folder(self.path.absolute().parent)
         except OSError as error:
             raise storage_error("write", self.path, error) from None
         self._end = _FILE.size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stemloop.stream.spans import Span, Spans
+from stemloop.core.spans import Span, Spans
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from stemloop.core.errors import InputError, InstrumentError
 from stemloop.core.protocols import Batch, Encoded, Fold
+from stemloop.core.spans import Spans
 from stemloop.stream import cut
-from stemloop.stream.spans import Spans
 
 
 class Live:

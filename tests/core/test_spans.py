@@ -3,7 +3,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stemloop.stream.spans import Spans
+from stemloop.core.spans import Spans
 
 pairs = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 8)), max_size=15)
 
