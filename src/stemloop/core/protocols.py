@@ -269,6 +269,34 @@ class Reader(Protocol):
     def __call__(self, path: str) -> list[Signal]: ...
 
 
+# -------------------------------------------------------------------------------------------------------- images
+
+
+@dataclass(frozen=True)
+class PixelSize:
+    """How large a pixel of an image is: ``value_m`` [m] (None: nobody knows), ``source`` (``user``, ``file``,
+    ``sidecar``, ``none``) and ``trust``: ``stated`` (somebody wrote it), ``doubtful`` (its unit was odd or missing),
+    ``checked`` (the lattice agrees with it), ``refuted`` (the lattice disagrees), ``none``."""
+
+    value_m: float | None = None
+    source: str = "none"
+    trust: str = "none"
+
+
+class Frames(Protocol):
+    """A stack of images of equal shape, read when they are wanted: ``len(frames)``, ``frames[k]`` is (rows, columns),
+    float64 or the file's own dtype. A NumPy array (frame, y, x) is one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(frames, rows, columns)."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> NDArray[Any]: ...
+
+
 # ---------------------------------------------------------------------------------------- from frames to meaning
 
 

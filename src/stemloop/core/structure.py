@@ -111,6 +111,79 @@ class Columns:
 
 
 @dataclass(frozen=True)
+class Grain:
+    """One crystal lattice of an image: site ``s`` of cell ``(i, j)`` lies at ``origin + (i + b) a1 + (j + c) a2`` with
+    ``(b, c) = basis[s]``, before strain.
+
+    vectors : (2, 2) rows a1, a2 as (row, col) [px], the shortest pair, a1 the one nearest to +x, a2 from it towards +y.
+    sigma : (2, 2) their 1-sigma deviations [px]. origin : (2,) [px]. basis : (k, 2) fractional places of the sites of a
+    cell, ``basis[0]`` is (0, 0): site 0 is the primary one (the brightest). amplitude, amplitude_sigma : (k,) mean
+    brightness of each site's columns and the deviation of one column from it.
+    """
+
+    vectors: NDArray[np.float64]
+    sigma: NDArray[np.float64]
+    origin: NDArray[np.float64]
+    basis: NDArray[np.float64]
+    amplitude: NDArray[np.float64]
+    amplitude_sigma: NDArray[np.float64]
+
+    @property
+    def rotation_rad(self) -> float:
+        """Direction of a1 from +x towards +y (down)."""
+        return float(np.arctan2(self.vectors[0, 0], self.vectors[0, 1]))
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which site of which lattice each of the ``n`` columns of an image is.
+
+    grain : (n,) int, index into ``grains``; -1 where a column belongs to none.
+    cell : (n, 2) int, (i, j) of its cell (0 where grain is -1). site : (n,) int, 0 the primary one, -1 if none.
+    p_site : (n, k) probability of each site (k: the most sites of any grain; rows sum to 1, or are 0 where none).
+    ideal : (n, 2) [px] where the columns around expect this one, from the local lattice without the column itself.
+    displacement : (n, 2) [px] position minus ``ideal``; displacement_sigma : (n, 2) its 1-sigma deviation. These three
+        are NaN where nothing is expected.
+    boundary : (n,) bool, the column lies at the rim of its grain (some neighbours of the lattice are not there, or are
+        of another grain).
+    vacant : (m, 2) [px] places where a column is expected and none is; vacant_site, vacant_grain : (m,) int.
+    grains : the lattices, the largest first; empty where the image shows no lattice.
+    """
+
+    grain: NDArray[np.int64]
+    cell: NDArray[np.int64]
+    site: NDArray[np.int64]
+    p_site: NDArray[np.float64]
+    ideal: NDArray[np.float64]
+    displacement: NDArray[np.float64]
+    displacement_sigma: NDArray[np.float64]
+    boundary: NDArray[np.bool_]
+    vacant: NDArray[np.float64]
+    vacant_site: NDArray[np.int64]
+    vacant_grain: NDArray[np.int64]
+    grains: tuple[Grain, ...]
+
+    def __len__(self) -> int:
+        return len(self.grain)
+
+
+@dataclass(frozen=True)
+class Defect:
+    """A departure from the perfect lattice.
+
+    kind : ``vacancy``, ``dopant``, ``interstitial``, ``dislocation``, ``stacking-fault``, ``grain-boundary``,
+        ``domain-wall`` or ``vortex``. place : (m, 2) (row, col) [px], one point, or the points of a line in order.
+    p : probability that it is there, between 0 and 1. detail : plain numbers and strings, such as ``burgers``
+        (row, col) [px], ``misorientation_deg`` and its ``sigma_deg``, ``winding``, ``site``, ``z_score``.
+    """
+
+    kind: str
+    place: NDArray[np.float64]
+    p: float
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Energies:
     """Energies [eV] of ``n`` places with their deviations.
 
