@@ -149,11 +149,12 @@ def test_detectors_of_the_user_and_the_phase_from_segments(file, tmp_path, capsy
         y, x = np.indices(FRAME)
         centre = summary["disk_centre_px"]
         angle = np.hypot(y - centre[0], x - centre[1]) * summary["pixel_rad"]
-        inside, near = (angle > 0.031) & (angle < 0.049), (angle > 0.029) & (angle < 0.051)
+        edge = summary["pixel_rad"]  # the rings cut pixels in parts
+        inside, near = ((angle > 0.03 + sign * edge) & (angle < 0.05 - sign * edge) for sign in (1, -1))
         assert ((data * inside).sum((2, 3)) <= maps["outer"][()]).all()
         assert ((data * near).sum((2, 3)) >= maps["outer"][()]).all()
         halves = [maps[name][()] for name in reduction.SEGMENTS]
-        assert np.allclose(sum(halves), (data * (angle < 1.2 * 0.02)).sum((2, 3)), rtol=0.02)
+        assert np.allclose(sum(halves), (data * (angle < 1.2 * 0.02)).sum((2, 3)), rtol=0.05)
         # the disk moves as a whole: both ways see the same phase
         both = np.corrcoef(maps["idpc_phase"][()].ravel(), maps["dpc_phase"][()].ravel())[0, 1]
         assert both > 0.95 and maps["idpc_phase"].attrs["unit"] == "rad"
@@ -234,7 +235,9 @@ def test_a_real_merlin_recording_shows_its_hot_pixel(tmp_path):
     row, column = np.unravel_index(maps["maximum_pattern"].argmax(), opened.frame)
     # the file's name gives it from the left and, as the recorder counts rows, from the top or from the bottom
     assert column == 52 and row in (39, 128 - 1 - 39)
-    assert np.array_equal(maps["sum_pattern"], np.asarray(opened.data).sum((0, 1), dtype=np.int64))
+    frames = np.concatenate([frames for _, frames in opened.frames()])
+    opened.close()
+    assert np.array_equal(maps["sum_pattern"], frames.sum(0, dtype=np.int64))
 
 
 @real

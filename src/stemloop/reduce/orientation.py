@@ -9,7 +9,7 @@ A spot g has the intensity ``|F_g|^2 exp(-(pi t s)^2 / 3)``: the kinematic ``sin
 t at the excitation error s, as the Gaussian of the same curvature (L. Reimer and H. Kohl, *Transmission Electron
 Microscopy* (2008), doi:10.1007/978-0-387-40093-8, chapter 7). Dynamical scattering is not in it. Above some nanometres
 spots have other strengths than the model says: ``misfit`` is then above 1, and since a wrong strength is wrong on all
-pixels of its spot together, deviations are widened and likelihoods tempered by its excess times the pixels of a spot.
+pixels of its spot together, deviations are widened and likelihoods tempered by its excess on the spots times their pixels.
 
 Laboratory axes: x right (columns), y down (rows), z along the beam. A rotation matrix takes crystal to laboratory axes.
 """
@@ -335,8 +335,10 @@ class Matcher:
                     break
         mean = np.maximum(a * image + b, 1e-9)
         misfit = float(np.sum((data - mean) ** 2 / mean) / (data.size - 5))
-        chance = np.sqrt((2 * data.size + np.sum(1 / mean)) / data.size**2)  # of a model that is right
-        inflation = 1 + max(misfit - 1 - 3 * chance, 0.0) * np.pi * self.template.half**2
+        weight = (a * image) ** 2 / mean  # the spots, by what they tell
+        among = float(weight @ ((data - mean) ** 2 / mean) / weight.sum())
+        chance = np.sqrt(weight**2 @ (2 + 1 / mean)) / weight.sum()  # of a model that is right
+        inflation = 1 + max(among - 1 - 3 * chance, 0.0) * np.pi * self.template.half**2
         with np.errstate(divide="ignore", invalid="ignore"):
             logs = np.where(data > 0, data * np.log(data / mean), 0.0)
         return rotation, sigma * np.sqrt(inflation), misfit, inflation, float(2 * np.sum(logs - data + mean))
