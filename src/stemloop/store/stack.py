@@ -23,7 +23,7 @@ from stemloop.store import lazy, readers
 #: Frames with fewer pixels than this along a side hold no lattice.
 SMALLEST_PX = 16
 #: A step of an image whose unit is missing is taken as nanometres in this range [nm], and doubted.
-_LIKELY_NM = (0.002, 0.06)
+_LIKELY_NM = (0.002, 0.03)
 _LENGTHS_M = {"m": 1.0, "um": 1e-6, "µm": 1e-6, "nm": 1e-9, "å": 1e-10, "a": 1e-10, "angstrom": 1e-10, "pm": 1e-12}
 _SIDECAR_BYTES = 1 << 20
 
