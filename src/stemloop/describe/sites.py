@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ _REACH = 0.2
 #: How many columns must expect a site, and which share of those that could.
 _FEWEST_VOTES, _VOTES = 3, 0.4
 _NEIGHBOURS = 24
+#: Most columns of a neighbourhood, and how many of them are asked for its lattice's vectors.
+_GROUP, _ASKED = 400, 100
 
 
 class Sites(NamedTuple):
@@ -30,9 +32,10 @@ class Sites(NamedTuple):
 def expected(position: Floats, shape: tuple[int, ...], margin: float) -> Sites:
     """Sites that the columns at ``position`` (n, 2) [px] expect and where none of them is.
 
-    Vectors to neighbours that most columns share are the lattice's; each column expects a neighbour at each of them,
-    and what several expect at one place is a site. So the prediction is local: a slow strain moves all voters
-    alike. Where there is no such lattice (few columns, no order, grains) nothing is expected.
+    Vectors to neighbours that most columns of a neighbourhood share are its lattice's; each column expects a neighbour
+    at each of them, and what several expect at one place is a site. So the prediction is local: a slow strain moves all
+    voters alike, and each grain has its own. Where there is no such lattice (few columns, no order) nothing is
+    expected.
 
     ``shape`` is the image's; sites nearer than ``margin`` [px] to its border are left out.
     """
@@ -43,56 +46,81 @@ def expected(position: Floats, shape: tuple[int, ...], margin: float) -> Sites:
     near = np.asarray(tree.query(position, min(_NEIGHBOURS + 1, len(position)))[0])
     spacing = float(np.median(near[:, 1]))
     reach = _REACH * spacing
-    vectors = _shared_vectors(position, tree, shape, 2.3 * spacing, reach)
-    if len(vectors) < 4:
-        return none
-    votes = (position[:, None] + vectors).reshape(-1, 2)
+    whole = ((position > 2.3 * spacing) & (position < np.array(shape) - 1 - 2.3 * spacing)).all(axis=1)
+    ballots, weights = [np.zeros((0, 2))], [np.zeros(0)]
+    for members in _neighbourhoods(position):
+        vectors = _shared_vectors(position, members[whole[members]], tree, 2.3 * spacing, reach)
+        if len(vectors) >= 4:
+            ballots.append((position[members, None] + vectors).reshape(-1, 2))
+            weights.append(np.full(len(ballots[-1]), 1 / max(_FEWEST_VOTES, _VOTES * len(vectors))))
+    votes, weight = np.concatenate(ballots), np.concatenate(weights)
     inside = ((votes > margin) & (votes < np.array(shape) - 1 - margin)).all(axis=1)
-    votes = votes[inside]
-    ballot = cKDTree(votes)
-    spread = _spread(position, votes, ballot, reach)
-    open_votes = votes[np.asarray(tree.query(votes)[0]) > 0.5 * spacing]
-    return Sites(_elected(open_votes, reach, max(_FEWEST_VOTES, _VOTES * len(vectors))), spread)
+    votes, weight = votes[inside], weight[inside]
+    if len(votes) == 0:
+        return none
+    distance, nearest = (np.asarray(v) for v in tree.query(votes))
+    open_ = distance > 0.5 * spacing
+    return Sites(_elected(votes[open_], reach, weight[open_]), _spread(position, votes, distance, nearest, reach))
 
 
-def _shared_vectors(position: Floats, tree: cKDTree, shape: tuple[int, ...], longest: float, reach: float) -> Floats:
-    """(k, 2) vectors at which at least a share of the columns, those far from the border, have a neighbour."""
-    whole = ((position > longest) & (position < np.array(shape) - 1 - longest)).all(axis=1)
-    if whole.sum() < 6:
+def _neighbourhoods(position: Floats) -> list[NDArray[np.int64]]:
+    """The columns in groups of at most a few hundred, halved along their longer side again and again."""
+    groups, left = [], [np.arange(len(position))]
+    while left:
+        members = left.pop()
+        if len(members) <= _GROUP:
+            groups.append(members)
+            continue
+        side = int(np.ptp(position[members], axis=0).argmax())
+        order = members[np.argsort(position[members, side], kind="stable")]
+        left += [order[: len(order) // 2], order[len(order) // 2 :]]
+    return groups
+
+
+def _shared_vectors(
+    position: Floats, members: NDArray[np.int64], tree: cKDTree, longest: float, reach: float
+) -> Floats:
+    """(k, 2) vectors at which at least a share of ``members`` (those far from the border) have a neighbour."""
+    if len(members) < 6:
         return np.zeros((0, 2))
-    pairs = tree.query_ball_point(position[whole], longest)
-    own = np.flatnonzero(whole)
-    differences = np.concatenate([position[them] - position[i] for i, them in zip(own, pairs, strict=True)])
+    asked = members[:: -(-len(members) // _ASKED)]
+    pairs = tree.query_ball_point(position[asked], longest)
+    own = np.repeat(asked, [len(them) for them in pairs])
+    differences = position[np.concatenate(pairs).astype(np.int64)] - position[own]
     differences = differences[np.hypot(*differences.T) > reach]
-    return _elected(differences, reach, _SHARED * len(own))
+    return _elected(differences, reach, np.full(len(differences), 1 / (_SHARED * len(asked))))
 
 
-def _elected(points: Floats, reach: float, least: float) -> Floats:
-    """Means of the groups of at least ``least`` points that lie within ``reach`` of each other, largest first."""
+def _elected(points: Floats, reach: float, weight: Floats) -> Floats:
+    """Means of the groups of points that lie within ``reach`` of each other and whose ``weight`` is at least one in
+    sum, the heaviest first."""
     if len(points) == 0:
         return points
-    sample = points if len(points) <= 20000 else points[:: -(-len(points) // 20000)]
-    share = len(points) / len(sample)
-    tree = cKDTree(sample)
-    size = np.asarray(tree.query_ball_point(sample, reach, return_length=True)) * share
-    free = size >= least
+    tree = cKDTree(points)
+    pairs = tree.query_pairs(reach, output_type="ndarray")
+    size = weight + np.bincount(pairs[:, 0], weight[pairs[:, 1]], len(points))
+    size += np.bincount(pairs[:, 1], weight[pairs[:, 0]], len(points))
+    free = size >= 1 - 1e-9
     chosen: list[Floats] = []
     for i in np.argsort(-size, kind="stable"):
-        if size[i] < least:
-            break
-        if free[i]:
-            group = np.asarray(tree.query_ball_point(sample[i], reach), int)
-            middle = sample[group].mean(axis=0)
-            free[np.asarray(tree.query_ball_point(middle, 2 * reach), int)] = False
-            chosen.append(middle)
+        if not free[i]:
+            if size[i] < 1 - 1e-9:
+                break
+            continue
+        middle = points[np.asarray(tree.query_ball_point(points[i], reach), int)].mean(axis=0)
+        free[np.asarray(tree.query_ball_point(middle, 2 * reach), int)] = False
+        chosen.append(middle)
     return np.array(chosen).reshape(-1, 2)
 
 
-def _spread(position: Floats, votes: Floats, ballot: cKDTree, reach: float) -> float:
+def _spread(position: Floats, votes: Floats, distance: Floats, nearest: NDArray[np.int64], reach: float) -> float:
     """Deviation of a coordinate of the columns from the mean of the votes for their place."""
-    groups: Any = ballot.query_ball_point(position, 1.5 * reach)
-    off = [votes[them].mean(axis=0) - p for them, p in zip(groups, position, strict=True) if len(them) >= _FEWEST_VOTES]
-    return max(0.05 * reach, 1.4826 * float(np.median(np.abs(off)))) if off else reach
+    meant = distance < 1.5 * reach
+    whom, off = nearest[meant], (votes - position[nearest])[meant]
+    count = np.bincount(whom, minlength=len(position))
+    mean = np.stack([np.bincount(whom, off[:, i], len(position)) for i in (0, 1)], -1) / np.maximum(count, 1)[:, None]
+    mean = mean[count >= _FEWEST_VOTES]
+    return max(0.05 * reach, 1.4826 * float(np.median(np.abs(mean)))) if len(mean) else reach
 
 
 def presence(amplitude: Floats, sigma: Floats, known: Floats, share: float) -> Floats:
