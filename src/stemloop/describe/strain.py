@@ -249,8 +249,12 @@ _END = 5.0
 _ORDERS, _MOST = 2, 4
 #: Places nearer to the border than this many resolutions see it and have no strain.
 _RIM = 2.5
+#: Over so many resolutions an image is faded out at its border.
+_TAPER = 2.0
 #: A deviation of strain above which nothing is said.
 _UNKNOWN = 0.2
+#: Independent places (over all draws of noise) by which the deviations are judged.
+_JUDGED = 250
 
 
 @dataclass(frozen=True)
@@ -313,43 +317,101 @@ def gpa(
     width = float(np.hypot(*lattice.T).max()) if resolution_px is None else float(resolution_px)
     if not 1 <= width <= min(pixels.shape) / 6:
         raise InputError(f"a resolution of {width:.3g} px does not fit an image of {pixels.shape} px.")
-    spectrum = fft.fft2(pixels - pixels.mean())
+    taper = np.outer(*(_taper(n, _TAPER * width) for n in pixels.shape))
+    spectrum = fft.fft2((pixels - (pixels * taper).sum() / taper.sum()) * taper)
     mesh = [int(fft.next_fast_len(max(8, round(1.5 * _END / np.pi * n / width)))) for n in pixels.shape]
     mesh = [min(m, n) for m, n in zip(mesh, pixels.shape, strict=True)]
-    noise = _local_noise(spectrum, width, mesh)
-    reciprocal = np.linalg.inv(lattice).T
+    grain = _corner_noise(spectrum)
+    noise = _local_variance(grain, width, mesh)
+    g = _reflections(spectrum, np.linalg.inv(lattice).T, noise, width, mesh)
+    centre = g
+    for _ in range(2):  # masks at the mean lattice: an amplitude that ends somewhere then does not shift the phase
+        waves = [_wave(spectrum, c, width, mesh) for c in centre]
+        weight = np.stack([w.amplitude**2 for w in waves]) * (64 * np.pi**3 * width**4) / noise
+        covariance = _inverse(np.einsum("kij,ka,kb->ijab", weight, g, g))
+        bent = _bent(waves, weight, g, covariance)
+        doubt = np.trace(covariance, axis1=-2, axis2=-1)
+        centre = g @ np.median(bent[doubt <= np.median(doubt)], axis=0).T
+    where = _places(pixels.shape, mesh)
+    sigma = np.sqrt(np.stack([covariance[..., 1, 1], covariance[..., 0, 0]]))
+    sigma = np.stack([*sigma, *np.broadcast_to(np.hypot(*sigma) / 2, sigma.shape)])
+    regular = (sigma < _UNKNOWN).all(axis=0) & (np.abs(np.linalg.det(bent)) > 0.1)
+    sigma *= _together(spectrum, grain, centre, bent, weight, g, covariance, regular, width)
+    if reference is not None:
+        bent = bent @ np.linalg.inv(_unstrained(bent, regular, reference, pixels.shape))
+    values = _strain(bent, regular)
+    known = ndimage.map_coordinates(regular.astype(np.float64), where, order=1, mode="grid-wrap") > 0.99
+    known &= np.minimum.outer(*(_to_border(n) for n in pixels.shape)) >= _RIM * width
+    maps = [ndimage.map_coordinates(v, where, order=3, mode="grid-wrap") for v in values]
+    spread = [ndimage.map_coordinates(s, where, order=1, mode="grid-wrap") for s in sigma]
+    e_xx, e_yy, e_xy, rotation = (np.where(known, m, np.nan) for m in maps)
+    return StrainMap(e_xx, e_yy, e_xy, rotation, np.where(known, np.array(spread), np.nan), width, g)
+
+
+def _strain(bent: Floats, regular: NDArray[np.bool_]) -> Floats:
+    """(4, ...) strain and rotation of ``F^-T``; zero where it is not ``regular``."""
+    deformation = np.swapaxes(np.linalg.inv(np.where(regular[..., None, None], bent, np.eye(2))), -1, -2)
+    return np.asarray(np.moveaxis(strain_and_rotation(deformation)[0], -1, 0))
+
+
+def _together(
+    spectrum: NDArray[np.complex128],
+    grain: Floats,
+    centre: Floats,
+    bent: Floats,
+    weight: Floats,
+    g: Floats,
+    covariance: Floats,
+    regular: NDArray[np.bool_],
+    width: float,
+) -> Floats:
+    """(4, 1, 1) how much larger the deviations are than for independent reflections.
+
+    Counting noise is strong where the columns are, so that it is alike in all reflections. The image's own ``grain``
+    with random signs is white noise of the same strength everywhere; it is added and what it changes is measured.
+    """
+    if not regular.any():
+        return np.ones((4, 1, 1))
+    rng = np.random.default_rng(0)
+    before, changes = _strain(bent, regular), []
+    mesh = list(bent.shape[:2])
+    draws = int(np.clip(_JUDGED * 4 * np.pi * width**2 / spectrum.size, 2, 12))
+    for _ in range(draws):
+        noisy = spectrum + fft.fft2(grain * rng.choice([-1.0, 1.0], grain.shape))
+        waves = [_wave(noisy, c, width, mesh) for c in centre]
+        changes.append(_strain(_bent(waves, weight, g, covariance), regular) - before)
+    expected = np.stack([covariance[..., 1, 1], covariance[..., 0, 0], *[np.trace(covariance, 0, -2, -1) / 4] * 2])
+    ratio = np.mean(np.square(changes), axis=0) / expected
+    return np.asarray(np.sqrt(np.maximum([r[regular].mean() for r in ratio], 0.25)))[:, None, None]
+
+
+def _reflections(
+    spectrum: NDArray[np.complex128], reciprocal: Floats, noise: Floats, width: float, mesh: list[int]
+) -> Floats:
+    """(m, 2) the reflections of the lattice that say most of it: amplitude over noise, times length."""
     seen = []
     for order in _half_plane(_ORDERS):
         g = order @ reciprocal
         if (np.abs(g) + _END / (2 * np.pi * width) < 0.5).all():
-            wave = _wave(spectrum, g, width, mesh)
-            strength = float(np.median(wave.amplitude**2 / noise) * 4 * np.pi * width**2)
+            square = _wave(spectrum, g, width, mesh).amplitude ** 2
+            strength = float(np.median(square / noise)) * 4 * np.pi * width**2
             if strength > 9:
-                seen.append((strength * float(g @ g), g, wave))
-    seen = sorted(seen, key=lambda s: -s[0])[:_MOST]
-    g = np.array([s[1] for s in seen]).reshape(-1, 2)
-    if len(g) < 2 or np.linalg.matrix_rank(g, tol=1e-3 * np.abs(reciprocal).max()) < 2:
+                seen.append((strength * float(g @ g), g))
+    best = np.array([g for _, g in sorted(seen, key=lambda s: -s[0])[:_MOST]]).reshape(-1, 2)
+    if len(best) < 2 or np.linalg.matrix_rank(best, tol=1e-3 * np.abs(reciprocal).max()) < 2:
         raise InputError("the image shows no two reflections of this lattice above its noise: are the vectors right?")
-    weight = np.stack([s[2].amplitude ** 2 for s in seen]) * (64 * np.pi**3 * width**4) / noise
-    normal = np.einsum("kij,ka,kb->ijab", weight, g, g)
-    covariance = np.linalg.inv(normal + 1e-12 * np.trace(normal, axis1=-2, axis2=-1)[..., None, None] * np.eye(2))
-    right = np.einsum("kij,kcij,kb->ijcb", weight, np.stack([s[2].frequency for s in seen]), g)
-    bent = right @ covariance  # F^-T
-    where = _places(pixels.shape, mesh)
-    if reference is not None:
-        bent = bent @ np.linalg.inv(_unstrained(bent, covariance, reference, pixels.shape, mesh))
-    sigma = np.sqrt(np.stack([covariance[..., 1, 1], covariance[..., 0, 0]]))
-    shear = np.hypot(*sigma) / 2
-    sigma = np.stack([*sigma, shear, shear])
-    regular = (sigma < _UNKNOWN).all(axis=0) & (np.abs(np.linalg.det(bent)) > 0.1)
-    bent[~regular] = np.eye(2)
-    values = strain_and_rotation(np.swapaxes(np.linalg.inv(bent), -1, -2))[0]
-    known = ndimage.map_coordinates(regular.astype(np.float64), where, order=1, mode="grid-wrap") > 0.99
-    inside = np.minimum.outer(*(_to_border(n) for n in pixels.shape)) >= _RIM * width
-    maps = [ndimage.map_coordinates(v, where, order=3, mode="grid-wrap") for v in np.moveaxis(values, -1, 0)]
-    spread = [ndimage.map_coordinates(s, where, order=1, mode="grid-wrap") for s in sigma]
-    e_xx, e_yy, e_xy, rotation = (np.where(known & inside, m, np.nan) for m in maps)
-    return StrainMap(e_xx, e_yy, e_xy, rotation, np.where(known & inside, np.array(spread), np.nan), width, g)
+    return best
+
+
+def _inverse(normal: Floats) -> Floats:
+    least = 1e-12 * np.trace(normal, axis1=-2, axis2=-1)[..., None, None]
+    return np.asarray(np.linalg.inv(normal + (least + 1e-300) * np.eye(2)))
+
+
+def _bent(waves: list[_Wave], weight: Floats, g: Floats, covariance: Floats) -> Floats:
+    """(..., 2, 2) ``F^-T`` by least squares of ``q = F^-T g``."""
+    right = np.einsum("kij,kcij,kb->ijcb", weight, np.stack([w.frequency for w in waves]), g)
+    return np.asarray(right @ covariance)
 
 
 def _usable(image: NDArray[Any], vectors: Assignment | NDArray[Any]) -> tuple[Floats, Floats]:
@@ -391,14 +453,23 @@ def _wave(spectrum: NDArray[np.complex128], g: Floats, width: float, mesh: list[
     return _Wave(np.sqrt(square), local)
 
 
-def _local_noise(spectrum: NDArray[np.complex128], width: float, mesh: list[int]) -> Floats:
-    """Variance of white noise around each mesh point, from the spectrum's corners, where no probe transfers."""
+def _corner_noise(spectrum: NDArray[np.complex128]) -> Floats:
+    """The image's noise alone, from the spectrum's corners, where no probe transfers, scaled to all frequencies."""
     rows, columns = (np.fft.fftfreq(n) for n in spectrum.shape)
     corner = np.hypot(rows[:, None], columns[None, :]) > 0.5
-    square = fft.ifft2(spectrum * corner).real ** 2 / corner.mean()
-    smooth = ndimage.gaussian_filter(square, 2 * width, mode="wrap", truncate=3)
-    at = [np.rint(np.arange(m) * n / m).astype(int) % n for m, n in zip(mesh, spectrum.shape, strict=True)]
-    return np.maximum(smooth[np.ix_(*at)], 1e-12 * np.abs(spectrum).max() ** 2 / spectrum.size**2 + 1e-300)
+    least = 1e-6 * np.abs(spectrum).max() / spectrum.size
+    return np.asarray(fft.ifft2(spectrum * corner).real / np.sqrt(corner.mean()) + least)
+
+
+def _local_variance(grain: Floats, width: float, mesh: list[int]) -> Floats:
+    """Variance of the noise around each mesh point."""
+    smooth = ndimage.gaussian_filter(grain**2, 2 * width, mode="wrap", truncate=3)
+    return np.asarray(smooth[_nearest(grain.shape, mesh)] + 1e-300)
+
+
+def _nearest(shape: tuple[int, ...], mesh: list[int]) -> Any:
+    """Index of the pixel nearest to each mesh point."""
+    return np.ix_(*(np.rint(np.arange(m) * n / m).astype(int) % n for n, m in zip(shape, mesh, strict=True)))
 
 
 def _places(shape: tuple[int, ...], mesh: list[int]) -> Floats:
@@ -406,17 +477,23 @@ def _places(shape: tuple[int, ...], mesh: list[int]) -> Floats:
     return np.stack(np.meshgrid(*(np.arange(n) * m / n for n, m in zip(shape, mesh, strict=True)), indexing="ij"))
 
 
+def _taper(n: int, width: float) -> Floats:
+    """(n,) a rise from 0 to 1 over ``width`` pixels at both ends: a cut lattice would leak into its own reflections."""
+    return np.asarray(np.sin(np.pi / 2 * np.minimum(1, (_to_border(n) + 0.5) / width)) ** 2)
+
+
 def _to_border(n: int) -> Floats:
     return np.minimum(np.arange(n), np.arange(n)[::-1]).astype(np.float64)
 
 
-def _unstrained(bent: Floats, covariance: Floats, reference: NDArray[Any], shape: Any, mesh: list[int]) -> Floats:
+def _unstrained(bent: Floats, regular: NDArray[np.bool_], reference: NDArray[Any], shape: tuple[int, ...]) -> Floats:
     """Mean of ``F^-T`` over the reference region."""
     region = np.asarray(reference, dtype=bool)
     if region.shape != tuple(shape):
-        raise InputError(f"the reference region has shape {region.shape}, the image {tuple(shape)}: give one for each.")
-    at = [np.rint(np.arange(m) * n / m).astype(int) % n for m, n in zip(mesh, shape, strict=True)]
-    chosen = region[np.ix_(*at)] & (np.trace(covariance, axis1=-2, axis2=-1) < _UNKNOWN**2)
+        raise InputError(
+            f"the reference region has the shape {region.shape}, the image {tuple(shape)}: make them alike."
+        )
+    chosen = region[_nearest(shape, list(regular.shape))] & regular
     if not chosen.any():
         raise InputError("the reference region holds no crystal: choose another, or leave it out.")
     return np.asarray(bent[chosen].mean(axis=0))
