@@ -1,0 +1,204 @@
+"""Where crystals meet: grain boundaries (the lattice turns) and stacking faults (it jumps)."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from stemloop.core.structure import Defect, Grain
+from stemloop.describe.bonds import Net, crossings
+from stemloop.describe.strain import strain_and_rotation
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+#: Grains turned by less than this [rad] and strained by less than this are one crystal, with faults or misfit in it.
+_SAME_TURN, _SAME_SIZE = np.deg2rad(3.0), 0.12
+#: A bond is of no lattice vector if it misses all by this part of the shorter vector.
+_JUMP = 0.2
+#: A line of fewer bonds, or shorter than this many vectors, is none.
+_FEWEST_BONDS, _SHORTEST = 5, 3.0
+#: Least resultant length of the jumps along a fault (1 if all are equal).
+_ALIKE = 0.8
+#: A column most of whose bonds jump is itself out of place.
+_ODD = 0.7
+
+_MATRICES = np.array(
+    [m for m in itertools.product(range(-2, 3), repeat=4) if m[0] * m[3] - m[1] * m[2] == 1], dtype=np.int64
+).reshape(-1, 2, 2)
+
+
+class Turn(NamedTuple):
+    """How one lattice becomes another: by a rotation [rad] from +x towards +y and its deviation, after which
+    ``misfit`` (the largest principal strain) is left; ``change`` @ the other's vectors then follow the first's."""
+
+    rotation: float
+    sigma: float
+    misfit: float
+    change: Integers
+
+
+def turn_between(one: Grain, other: Grain) -> Turn:
+    """The smallest of the equivalent rotations that take the lattice ``one`` to ``other``.
+
+    All choices of vectors of the other lattice are compared; those that leave the least strain (or 0.05 more, for
+    images are distorted) are equivalent by the symmetry of the lattice.
+    """
+    choices = _MATRICES @ other.vectors
+    deformation = np.swapaxes(np.linalg.inv(one.vectors) @ choices, -1, -2)
+    values, rotation = strain_and_rotation(deformation)
+    mean, half = (values[:, 0] + values[:, 1]) / 2, np.hypot((values[:, 0] - values[:, 1]) / 2, values[:, 2])
+    strain = np.abs(mean) + half
+    alike = np.flatnonzero(strain < strain.min() + 0.05)
+    best = alike[np.argmin(np.abs(rotation[alike]))]
+    return Turn(
+        float(rotation[best]),
+        float(np.hypot(_turn_sigma(one), _turn_sigma(other))),
+        float(strain[best]),
+        _MATRICES[best],
+    )
+
+
+def _turn_sigma(grain: Grain) -> float:
+    """Deviation of a lattice's rotation: the mean of its two vectors' directions."""
+    relative = np.sqrt((grain.sigma**2).mean(axis=1)) / np.hypot(*grain.vectors.T)
+    return float(np.hypot(*relative) / 2)
+
+
+def crystals(grains: tuple[Grain, ...]) -> tuple[Integers, Integers]:
+    """Which grains are one crystal: for each the number of the largest like it, and the (2, 2) whole-number change of
+    its vectors into that one's."""
+    first = np.arange(len(grains))
+    change = np.tile(np.eye(2, dtype=np.int64), (len(grains), 1, 1))
+    for k in range(1, len(grains)):
+        for j in sorted(set(first[:k].tolist())):
+            turn = turn_between(grains[j], grains[k])
+            if abs(turn.rotation) < _SAME_TURN and turn.misfit < _SAME_SIZE:
+                first[k], change[k] = j, turn.change
+                break
+    return first, change
+
+
+def grain_boundaries(position: Floats, crystal: Integers, grains: tuple[Grain, ...], whole: Net) -> tuple[Defect, ...]:
+    """Lines between crystals that are turned against each other.
+
+    Parameters
+    ----------
+    position : (n, 2) [px] and crystal : (n,) number of the grain of each point of the net ``whole``.
+
+    Returns
+    -------
+    Defects of kind ``grain-boundary``: place, the line in order; detail ``grains``, ``misorientation_deg`` (the
+    smallest equivalent turn, without sign) with ``sigma_deg``, ``misfit`` (the strain that is left between the two
+    lattices) and ``length_px``.
+    """
+    found = []
+    turns: dict[tuple[int, int], Turn] = {}
+    pair = np.sort(crystal[whole.bond], axis=1)
+    for line, _ in crossings(whole, pair[:, 0] != pair[:, 1]):
+        one, other = (int(g) for g in pair[line[0]])
+        place = _smooth(position[whole.bond[line]].mean(axis=1))
+        size = min(float(np.hypot(*grains[g].vectors.T).min()) for g in (one, other))
+        if len(line) < _FEWEST_BONDS or _extent(place) < _SHORTEST * size:
+            continue
+        if (one, other) not in turns:
+            turns[one, other] = turn_between(grains[one], grains[other])
+        turn = turns[one, other]
+        found.append(
+            Defect(
+                "grain-boundary",
+                place,
+                float(1 - 2 * stats.norm.sf(max(abs(turn.rotation), turn.misfit) / max(turn.sigma, 1e-9))),
+                {
+                    "grains": (one, other),
+                    "misorientation_deg": float(np.rad2deg(abs(turn.rotation))),
+                    "sigma_deg": float(np.rad2deg(turn.sigma)),
+                    "misfit": turn.misfit,
+                    "length_px": _length(place),
+                },
+            )
+        )
+    return tuple(found)
+
+
+def jumping(whole: Net, vectors: Floats) -> NDArray[np.bool_]:
+    """(e,) bonds that are far from every lattice vector, but for those of columns that are themselves out of place."""
+    miss = np.hypot(*(whole.miss @ vectors).T) > _JUMP * np.hypot(*vectors.T).min()
+    points = int(whole.bond.max()) + 1 if len(whole.bond) else 0
+    ends = whole.bond.ravel()
+    jumps = np.bincount(ends, np.repeat(miss, 2), minlength=points)
+    odd = jumps > _ODD * np.bincount(ends, minlength=points)
+    return np.asarray(miss & ~odd[whole.bond].any(axis=1))
+
+
+def stacking_faults(position: Floats, vectors: Floats, whole: Net) -> tuple[Defect, ...]:
+    """Lines across which the lattice jumps by what is no lattice vector.
+
+    Parameters
+    ----------
+    position : (n, 2) [px] points of the net ``whole``, one to a cell. vectors : (2, 2) the crystal's vectors [px].
+
+    Returns
+    -------
+    Defects of kind ``stacking-fault`` (antiphase boundaries and inserted layers are such): place, the line in order;
+    detail ``displacement`` (row, col) [px] of the side that ``normal`` (row, col) points to against the other, the
+    shortest of those that differ by lattice vectors; ``displacement_cells`` in a1 and a2, ``sigma_cells``,
+    ``length_px``, and ``along_scan``: True where the line runs along the scan lines and the jump too, which a jump of
+    the probe does as well.
+    """
+    found = []
+    shortest = float(np.hypot(*vectors.T).min())
+    for line, sense in crossings(whole, jumping(whole, vectors)):
+        place = _smooth(position[whole.bond[line]].mean(axis=1))
+        if len(line) < _FEWEST_BONDS or _extent(place) < _SHORTEST * shortest:
+            continue
+        phase = np.exp(2j * np.pi * whole.miss[line] * sense[:, None]).mean(axis=0)
+        if np.abs(phase).min() < _ALIKE:
+            continue
+        jump = _shortest(np.angle(phase) / (2 * np.pi), vectors)
+        sigma = np.sqrt(-2 * np.log(np.abs(phase).clip(1e-9, 1 - 1e-9)) / len(line)) / (2 * np.pi)
+        across = ((position[whole.bond[line, 1]] - position[whole.bond[line, 0]]) * sense[:, None]).mean(axis=0)
+        step = jump @ vectors
+        z = np.hypot(*step) / max(float(np.hypot(*(sigma @ np.abs(vectors)))), 1e-9)
+        along = place[-1] - place[0]
+        found.append(
+            Defect(
+                "stacking-fault",
+                place,
+                float(1 - 2 * stats.norm.sf(z)),
+                {
+                    "displacement": tuple(step.tolist()),
+                    "displacement_cells": tuple(jump.tolist()),
+                    "sigma_cells": tuple(sigma.tolist()),
+                    "normal": tuple((across / np.hypot(*across)).tolist()),
+                    "length_px": _length(place),
+                    "along_scan": bool(abs(along[0]) < 0.05 * abs(along[1]) and abs(step[0]) < 0.2 * abs(step[1])),
+                },
+            )
+        )
+    return tuple(found)
+
+
+def _shortest(cells: Floats, vectors: Floats) -> Floats:
+    """``cells`` (2,) plus the lattice vector that makes it shortest."""
+    choices = cells + np.array(list(itertools.product((-1, 0, 1), repeat=2)))
+    return np.asarray(choices[np.argmin(np.hypot(*(choices @ vectors).T))])
+
+
+def _smooth(line: Floats) -> Floats:
+    """Each point's mean with those before and after it: a line through bonds zigzags."""
+    if len(line) < 3:
+        return line
+    return np.concatenate([line[:1], (line[:-2] + line[1:-1] + line[2:]) / 3, line[-1:]])
+
+
+def _length(line: Floats) -> float:
+    return float(np.hypot(*np.diff(line, axis=0).T).sum())
+
+
+def _extent(line: Floats) -> float:
+    return float(np.hypot(*np.ptp(line, axis=0)))
