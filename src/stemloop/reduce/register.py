@@ -27,6 +27,7 @@ from scipy import fft, ndimage
 
 from stemloop.core.errors import InputError
 from stemloop.core.protocols import Frames
+from stemloop.reduce.shifting import REACH, moved
 
 Floats = NDArray[np.float64]
 Thin = NDArray[np.float32]
@@ -34,8 +35,7 @@ Thin = NDArray[np.float32]
 #: Largest side of a view [px].
 _WIDEST = 448
 _SMALLEST = 8
-#: Pixels at a frame's rim that interpolation cannot reach.
-_RIM = 4
+_RIM = REACH
 #: Chance that a frame jumps instead of drifting on.
 _JUMP = 0.01
 #: A frame must share at least this part of its pixels with the others.
@@ -69,8 +69,8 @@ class Reference:
     total, weight : (2 rows, 2 columns) of a view, of frames without their slow background. odd, odd_weight : the same
     of frames without the lattice's spots. passed : (rows, columns // 2 + 1) the frequencies that ``odd`` keeps.
     still : (rows, columns) of a view that does not move. scale : (2,) pixels of a frame a pixel of a view.
-    noise : variance of a view's pixel. odd_signal : what does not repeat, mean square a pixel, over the noise.
-    contrast : mean square of the specimen's image.
+    noise : variance of a view's pixel. odd_signal : mean square a pixel of what does
+    not repeat, over the noise.
     """
 
     shape: tuple[int, int]
@@ -83,7 +83,6 @@ class Reference:
     still: Thin
     noise: float
     odd_signal: float
-    contrast: float
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,8 @@ def view_shape(frames: Frames) -> tuple[int, int]:
     sides = []
     for axis, size in enumerate(shape):
         edge = _edge(power.max(axis=1 - axis) if count else np.ones(size), count * shape[1 - axis])
-        sides.append(min(size, _WIDEST, max(64, int(np.ceil(1.5 * edge)))))
+        wanted = max(64, int(np.ceil(1.5 * edge)))
+        sides.append(min(size, _WIDEST, 2 * int(fft.next_fast_len((wanted + 1) // 2, real=True))))
     return sides[0], sides[1]
 
 
@@ -316,7 +316,6 @@ class _Stack:
         open_ = self.passed > 0.05
         excess = float((np.maximum(power - self.noise, 0) * self.passed**2)[open_].sum() / self.passed[open_].sum())
         self.odd_signal = like.odd_signal if like else max(excess / self.noise, 1e-3)
-        self.contrast = like.contrast if like else 0.0
 
     def __len__(self) -> int:
         return len(self.flat)
@@ -325,7 +324,7 @@ class _Stack:
 def _flattened(view: Thin) -> Thin:
     """Without the slow background: a Gaussian of a twelfth of the field."""
     pixels = view.astype(np.float32)
-    return np.asarray(pixels - ndimage.gaussian_filter(pixels, np.array(pixels.shape) / 12.0, mode="nearest"))
+    return np.asarray(pixels - ndimage.gaussian_filter(pixels, np.array(pixels.shape) / 12.0, mode="reflect"))
 
 
 def _taper(size: int) -> Thin:
@@ -424,16 +423,24 @@ class _Canvas:
         self.odd[goal] += sign * (stack.taper * _moved(stack.odd[k], -part))[inner]
         self.odd_weight[goal] += sign * (stack.taper**2)[inner]
 
-    def mean(self) -> tuple[Thin, Thin]:
-        """The mean frame, zero where there is none, and where there is one (1 or 0)."""
+    def mean(self, noise: float) -> tuple[Thin, Thin]:
+        """The mean frame, zero where there is none, and where there is one (1 or 0).
+
+        Of the mean those frequencies are kept that stand out of its noise (``noise`` is the variance of a pixel of one
+        view), else the slopes of that noise would blur the places of frames that are compared with it.
+        """
         there = (self.weight > 0.5).astype(np.float32)
-        return self.total * there / np.maximum(self.weight, 1), there
+        spectrum = fft.rfft2(self.total * there / np.maximum(self.weight, 1))
+        noise_power = noise * float((there / np.maximum(self.weight, 1)).sum())
+        power = ndimage.uniform_filter(np.abs(spectrum) ** 2, 3, mode="wrap")
+        spectrum *= np.maximum(1 - 1.5 * noise_power / np.maximum(power, 1e-30), 0).astype(np.float32)
+        return np.asarray(fft.irfft2(spectrum, self.total.shape) * there, dtype=np.float32), there
 
     def window(self, field_: Thin, place: Floats, shape: tuple[int, int]) -> Thin:
         """``field_`` of the canvas as a view of shift ``place`` would see it."""
         whole, part = _split(place)
         top, left = (np.array(shape) // 2 - whole).tolist()
-        pad = 8
+        pad = REACH
         wide = np.pad(field_, pad)
         cut = wide[top : top + shape[0] + 2 * pad, left : left + shape[1] + 2 * pad]
         return _moved(cut, part)[pad:-pad, pad:-pad]
@@ -444,24 +451,8 @@ def _split(place: Floats) -> tuple[NDArray[np.int64], Floats]:
     return whole, place - whole
 
 
-def _kernel(part: float, slope: bool = False) -> Thin:
-    """Ten samples of a sinc under a Kaiser window, ``part`` off the middle: what moves a signal by ``part``."""
-    x = np.arange(-5, 6) - part
-
-    def line(at: Floats) -> Floats:
-        return np.asarray(np.sinc(at) * np.i0(6.0 * np.sqrt(np.maximum(1 - (at / 5.6) ** 2, 0))) / np.i0(6.0))
-
-    if slope:
-        return ((line(x + 0.01) - line(x - 0.01)) / 0.02).astype(np.float32)
-    value = line(x)
-    return (value / value.sum()).astype(np.float32)
-
-
 def _moved(image: Thin, part: Floats, slope: int | None = None) -> Thin:
-    """The image displaced by ``part`` (2,), or its derivative along the axis ``slope``."""
-    for axis in (0, 1):
-        image = ndimage.convolve1d(image, _kernel(float(part[axis]), slope == axis), axis=axis, mode="nearest")
-    return image
+    return moved(image, (float(part[0]), float(part[1])), slope)
 
 
 # ---------------------------------------------------------------------------------------------------- the questions
@@ -485,7 +476,7 @@ class _Target(NamedTuple):
 
 
 def _target(stack: _Stack, canvas: _Canvas) -> _Target:
-    mean, there = canvas.mean()
+    mean, there = canvas.mean(stack.noise)
     shrink = canvas.odd / (canvas.odd_weight.clip(0) + np.float32(1 / stack.odd_signal))
     fields = (mean, mean**2, there, shrink, shrink**2)
     return _Target(*(np.conj(fft.rfft2(f)) for f in fields))
@@ -528,8 +519,8 @@ def _candidates(stack: _Stack, k: int, canvas: _Canvas, target: _Target | None =
     worse = np.maximum((best - alike) / doubt - 1.5, 0) ** 2 / 2
     worse = np.where(peaks, worse, np.inf)
     score = told - worse
-    rank = np.argsort(np.where(peaks, score, -np.inf), axis=None)[::-1][:_MOST_CANDIDATES]
-    rank = rank[np.isfinite(score.flat[rank]) & (worse.flat[rank] < 60)]
+    rank = np.flatnonzero(worse < 60)
+    rank = rank[np.argsort(score.flat[rank])[::-1][:_MOST_CANDIDATES]]
     at = np.column_stack(np.unravel_index(rank, score.shape))
     place = np.array([shift[0][at[:, 0]], shift[1][at[:, 1]]]).T + _vertex(alike, at)
     return _Candidates(place, score.flat[rank])
@@ -616,13 +607,10 @@ def _ahead(trail: list[Floats]) -> Floats:
 
 def _fits(stack: _Stack, k: int, canvas: _Canvas, place: Floats) -> bool:
     """Whether view ``k`` shows at least a third of what the canvas shows there."""
-    mean, there = canvas.mean()
+    mean, there = canvas.mean(stack.noise)
     seen, known = canvas.window(mean, place, stack.shape), canvas.window(there, place, stack.shape)
     view = stack.flat[k] * (known > 0.9)
-    # a canvas of one noisy view correlates less with its own square than with the specimen
-    depth = max(float(canvas.weight.max()), 1.0)
-    strength = float((seen**2 * (known > 0.9)).sum()) - stack.noise / depth * float((known > 0.9).sum())
-    return float((view * seen).sum()) > max(strength, 0.0) / 3
+    return float((view * seen).sum()) > float((seen**2 * (known > 0.9)).sum()) / 3
 
 
 def _agreed(
@@ -633,9 +621,9 @@ def _agreed(
     chance = np.ones(n)
     fits = [_Fit(p, np.full(2, np.nan), 1.0, 1.0) for p in place]
     canvas = _summed(stack, fits)
-    stack.contrast = _contrast(stack, canvas)
+    moved = True
     for turn in range(_ROUNDS):
-        if turn < _ROUNDS - 1:
+        if turn == 0 or (turn < _ROUNDS - 1 and moved):
             found = []
             for k in range(n):
                 with _Without(stack, canvas, k, fits[k]):
@@ -643,6 +631,7 @@ def _agreed(
                 tell(turn * n + k + 1)
             chosen, chance = _chained(found, stack.shape)
             places = [found[k].place[chosen[k]] for k in range(n)]
+            moved = max(float(np.abs(p - fit.place).max()) for p, fit in zip(places, fits, strict=True)) > 1.5
         else:
             places = [fit.place for fit in fits]
         old, fits = fits, []
@@ -650,7 +639,6 @@ def _agreed(
             with _Without(stack, canvas, k, old[k]):
                 fits.append(_refined(stack, k, canvas, places[k]))
         canvas = _summed(stack, fits)
-        stack.contrast = _contrast(stack, canvas)
     tell(_ROUNDS * n)
     return fits, chance, canvas
 
@@ -677,15 +665,6 @@ def _summed(stack: _Stack, fits: list[_Fit]) -> _Canvas:
         if not _mismatch(fit, stack):
             canvas.add(stack, k, fit.place)
     return canvas
-
-
-def _contrast(stack: _Stack, canvas: _Canvas) -> float:
-    """Mean square of the specimen's image: of the mean frame, less its noise."""
-    mean, there = canvas.mean()
-    deep = canvas.weight >= 0.5 * canvas.weight.max()
-    if not deep.any():
-        return 0.0
-    return max(float((mean**2)[deep].mean() - (stack.noise / np.maximum(canvas.weight, 1))[deep].mean()), 0.0)
 
 
 def _chained(found: list[_Candidates], shape: tuple[int, int]) -> tuple[NDArray[np.int64], Floats]:
@@ -731,7 +710,7 @@ class _Fit(NamedTuple):
 def _refined(stack: _Stack, k: int, canvas: _Canvas, place: Floats) -> _Fit:
     """Least squares of the view against the mean of the others, by Gauss-Newton; deviations from the residuals, summed
     over groups of lines, so that lines that are displaced together count."""
-    mean, there = canvas.mean()
+    mean, there = canvas.mean(stack.noise)
     at = np.array(place, dtype=np.float64)
     covariance, strength, alike = np.full((2, 2), np.nan), 0.0, 0.0
     limit = np.array(stack.shape) // 2 - 1
@@ -748,13 +727,14 @@ def _refined(stack: _Stack, k: int, canvas: _Canvas, place: Floats) -> _Fit:
         power = float((seen**2 * used).sum())
         strength = float((stack.flat[k] * seen * used).sum()) / max(power, 1e-30)
         residual = (stack.flat[k] - np.float32(strength) * seen) * used
-        slopes *= -np.float32(strength) * used
-        normal = np.einsum("iyx,jyx->ij", slopes, slopes).astype(np.float64)
+        weight = _evened(residual, seen, used)
+        slopes *= -np.float32(strength)
+        normal = np.einsum("iyx,jyx->ij", slopes * weight, slopes).astype(np.float64)
         if not np.isfinite(normal).all() or np.linalg.cond(normal) > 1e12:
             break
-        step = np.linalg.solve(normal, np.einsum("iyx,yx->i", slopes, residual).astype(np.float64))
+        line = np.einsum("iyx,yx->yi", slopes, weight * residual).astype(np.float64)
+        step = np.linalg.solve(normal, line.sum(axis=0))
         at = at + np.clip(step, -1, 1)
-        line = np.einsum("iyx,yx->yi", slopes, residual).astype(np.float64)
         group = np.add.reduceat(line, np.arange(0, len(line), 4), axis=0)
         inverse = np.linalg.inv(normal)
         covariance = inverse @ (group.T @ group) @ inverse
@@ -764,10 +744,21 @@ def _refined(stack: _Stack, k: int, canvas: _Canvas, place: Floats) -> _Fit:
     return _Fit(at, np.sqrt(np.diag(covariance)), strength, alike)
 
 
+def _evened(residual: Thin, seen: Thin, used: Thin) -> Thin:
+    """Weights (mean about 1) that even out noise which grows with brightness: its variance as a line in ``seen``."""
+    count = max(float(used.sum()), 1.0)
+    square = residual**2
+    middle = float(square.sum()) / count
+    level = float((seen * used).sum()) / count
+    away = (seen - level) * used
+    slope = max(float((away * square).sum()) / max(float((away**2).sum()), 1e-30), 0.0)
+    return np.asarray(used * middle / np.maximum(middle + slope * (seen - level), 0.25 * middle), dtype=np.float32)
+
+
 def _slope(canvas: _Canvas, mean: Thin, whole: Floats, part: Floats, shape: tuple[int, int], axis: int) -> Thin:
     """Derivative along ``axis`` of the canvas as a view of shift ``whole + part`` sees it."""
     top, left = (np.array(shape) // 2 - np.rint(whole).astype(int)).tolist()
-    pad = 8
+    pad = REACH
     cut = np.pad(mean, pad)[top : top + shape[0] + 2 * pad, left : left + shape[1] + 2 * pad]
     return _moved(cut, part, slope=axis)[pad:-pad, pad:-pad]
 
@@ -828,6 +819,97 @@ def _named(
         stack.still,
         stack.noise,
         stack.odd_signal,
-        stack.contrast,
     )
     return Registration(shape, shift, sigma, p, outlier, tuple(reason), None, reference)
+
+
+# ------------------------------------------------------------------------------------------------------- averaging
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """The mean of registered frames: ``image`` (rows, columns) in the common frame, NaN where nothing was seen;
+    ``weight`` (rows, columns) the number of frames that each pixel is made of."""
+
+    image: Floats
+    weight: Floats
+
+
+def average(
+    frames: Frames,
+    registration: Registration,
+    *,
+    line_shift: NDArray[Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Averaged:
+    """The mean of all frames that are no outliers, each moved back by its shift.
+
+    Parameters
+    ----------
+    frames : as given to :func:`register`; read once. registration : its answer.
+    line_shift : (n, rows) or (rows,) [px] how far each scan line is displaced along x on top of the frame's shift, as
+        :func:`stemloop.reduce.scanlines.line_shifts` finds it (NaN counts as zero).
+    progress : is called with (frames done, of).
+
+    Returns
+    -------
+    Averaged : of the field of a frame of shift zero. Frames are moved by Fourier series of their lines, mirrored at the
+        ends: nothing is blurred, and white noise stays white (only what oscillates from pixel to pixel, 0.5 / px, is
+        lost). A pixel of ``weight`` w therefore has the variance of one frame over w, independent of its neighbours,
+        and whatever is measured on the image has the deviations that white noise gives. Next to a frame's border, and
+        next to pixels that are not finite, two pixels are left out.
+    """
+    n, shape = _checked(frames)
+    if n != len(registration) or shape != registration.shape:
+        raise InputError(f"the registration is of {len(registration)} frames of {registration.shape} px; got {n} of {shape}.")
+    lines = np.zeros((n, shape[0]))
+    if line_shift is not None:
+        lines = np.array(np.broadcast_to(np.asarray(line_shift, dtype=np.float64), lines.shape))
+        lines[~np.isfinite(lines)] = 0.0
+    total, weight = np.zeros(shape), np.zeros(shape)
+    for k in np.flatnonzero(~registration.outlier):
+        frame = np.asarray(frames[k], dtype=np.float64)
+        if registration.pattern is not None:
+            frame = frame - registration.pattern
+        value, seen = placed(frame, registration.shift[k], lines[k])
+        total += value
+        weight += seen
+        if progress:
+            progress(int(k) + 1, n)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return Averaged(np.where(weight > 0, total / weight, np.nan), weight)
+
+
+def placed(frame: Floats, shift: Floats, line_shift: Floats | None = None) -> tuple[Floats, Floats]:
+    """One frame moved back by its shift and its lines' own: (value, seen), value zero and seen 0 where it shows
+    nothing.
+
+    ``frame`` (rows, columns); ``shift`` (2,) [px]; ``line_shift`` (rows,) [px].
+    """
+    rows, columns = frame.shape
+    across = np.full(rows, float(shift[1])) + (0.0 if line_shift is None else line_shift)
+    finite = np.isfinite(frame)
+    pixels = frame if finite.all() else np.where(finite, frame, frame[finite].mean() if finite.any() else 0.0)
+    pixels = _along(pixels, across)
+    pixels = _along(pixels.T, np.full(columns, float(shift[0]))).T
+    seen = np.ones(frame.shape)
+    if not finite.all():
+        hole = ndimage.binary_dilation(~finite, np.ones((5, 5), bool)).astype(np.float64)
+        hole = np.stack([ndimage.shift(line, -a, order=1, mode="nearest") for line, a in zip(hole, across, strict=True)])
+        seen = (ndimage.shift(hole, (-float(shift[0]), 0), order=1, mode="nearest") < 0.01).astype(np.float64)
+    # pixel x of the answer is pixel x + shift of the frame
+    x = np.arange(columns)[None, :] + across[:, None]
+    inside = ((x >= 2) & (x <= columns - 3)).astype(np.float64)
+    y = np.arange(rows) + float(shift[0])
+    inside = inside[np.clip(np.rint(y).astype(int), 0, rows - 1)] * ((y >= 2) & (y <= rows - 3))[:, None]
+    seen = seen * inside
+    return pixels * seen, seen
+
+
+def _along(lines: Floats, shift: Floats) -> Floats:
+    """(m, size) lines, each moved back by its own ``shift`` (m,): out[x] = line[x + shift], mirrored at the ends."""
+    size = lines.shape[1]
+    series = fft.rfft(np.concatenate([lines, lines[:, ::-1]], axis=1), axis=1)
+    frequency = fft.rfftfreq(2 * size)
+    series *= np.exp(2j * np.pi * frequency[None, :] * shift[:, None])
+    return np.asarray(fft.irfft(series, 2 * size, axis=1)[:, :size])
