@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 
 from stemloop import __version__
 from stemloop.campaign import frames as frames_
-from stemloop.campaign import packed, tables
+from stemloop.campaign import motion, packed, remembering, tables
+from stemloop.campaign.motion import Motion
 from stemloop.campaign.one_image import FINDERS, Understood, Wanted, understand
+from stemloop.campaign.remembering import Remembered
 from stemloop.core.errors import InputError, StemloopError, StorageError, from_code
 from stemloop.core.protocols import PixelSize
 from stemloop.core.structure import Columns
@@ -40,8 +42,8 @@ class Analysis:
 
     name : of the file. shape : (frames, rows, columns). pixel_size : after the lattice was asked. image : the image
     that was read (a single one), or the average of the registered frames. found : what is known of that image.
-    bad : frame to reason, of the frames that could not be used. registration, tracks : of a stack, else None.
-    matches : what the library knows that looks alike. notes, left_out : sentences; what there is not, and why.
+    bad : frame to reason, of the frames that could not be used. registration, motion : of a stack, else None.
+    remembered : what the library knows that looks alike, if one was given. notes, left_out : sentences; what there is not, and why.
     """
 
     folder: Path
@@ -52,9 +54,8 @@ class Analysis:
     found: Understood
     bad: dict[int, str] = field(default_factory=dict)
     registration: Any = None
-    tracks: Any = None
-    dynamics: dict[str, Any] = field(default_factory=dict)
-    matches: list[dict[str, Any]] = field(default_factory=list)
+    motion: Motion | None = None
+    remembered: Remembered | None = None
     notes: list[str] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -188,7 +189,14 @@ def analyze(
         analysis = run.together(frame_time_s or stack.frame_time_s)
     analysis._kept = kept
     if library is not None:
-        _remember(analysis, Path(library), sha256, run)
+        run.tell("library", 0, 1)
+        try:
+            analysis.remembered = remembering.remember(
+                analysis.image, analysis.found, analysis.pixel_size.value_m, Path(library), name, sha256
+            )
+        except InputError as error:
+            analysis.left_out.append(("library", str(error)))
+        run.tell("library", 1, 1)
     _finish(analysis, sha256, parameters, run.tell)
     return analysis
 
@@ -360,11 +368,22 @@ class _Run:
             found = looked
         analysis = self._analysis(image, found, bad)
         analysis.registration = registration
-        self._dynamics(analysis, frame_time_s)
+        self._moved(analysis, frame_time_s)
+        analysis.left_out = [*self.left_out, *found.left_out]
         return analysis
 
-    def _dynamics(self, analysis: Analysis, frame_time_s: float | None) -> None:
+    def _moved(self, analysis: Analysis, frame_time_s: float | None) -> None:
         """Columns linked over the frames."""
+        shift = None if analysis.registration is None else analysis.registration.shift
+        count = len(self.stack)
+        self.tell("linking", 0, 1)
+        analysis.motion = self.once(
+            "motion",
+            lambda: motion.motion(
+                [None if k in analysis.bad else frames_.load(self.folder, k) for k in range(count)], shift, frame_time_s
+            ),
+        )
+        self.tell("linking", 1, 1)
 
     def _analysis(self, image: NDArray[np.float64], found: Understood, bad: dict[int, str]) -> Analysis:
         size = self.size
@@ -435,10 +454,6 @@ def _symbols(found: Understood) -> tuple[str, ...]:
     return ()
 
 
-def _remember(analysis: Analysis, library: Path, sha256: str, run: _Run) -> None:
-    """Look the structural elements up in the library, then add them."""
-
-
 def _finish(analysis: Analysis, sha256: str, parameters: dict[str, Any], tell: Progress) -> None:
     """Write the tables, the summary and the page."""
     from stemloop.campaign.analysis_report import write_report
@@ -465,5 +480,6 @@ def _finish(analysis: Analysis, sha256: str, parameters: dict[str, Any], tell: P
 
 
 def _of_frame(analysis: Analysis, k: int, pixel_m: float | None) -> NDArray[Any]:
-    track = None if analysis.tracks is None else analysis.dynamics.get("of_frame", {}).get(k)
-    return tables.table(analysis.frame(k), pixel_m, k, track)
+    found = analysis.frame(k)
+    track = None if analysis.motion is None else motion.track_of(analysis.motion, k, len(found.columns))
+    return tables.table(found, pixel_m, k, track)

@@ -529,16 +529,75 @@ class _View:
         return _png(figure, "drift of the frames")
 
     def dynamics(self) -> str:
-        told = self.a.dynamics
-        if not told:
+        moved = self.a.motion
+        if moved is None:
             return ""
-        rows = [[key.replace("_", " "), _shown(value)] for key, value in told.items() if key != "of_frame"]
-        return _section("From frame to frame", "", _table(["", ""], rows))
+        told = self.s["dynamics"]
+        words = f"{_grouped(told['tracks'])} tracks of columns and vacant places; "
+        words += f"{_grouped(told['seen_in_half_of_the_frames'])} of them are seen in at least half of the frames. "
+        per = "s" if moved.frame_s else "frame"
+        if moved.rates is not None:
+            words += "The state of a site is that of each frame alone, so a column that is misjudged counts as a change. "
+        rows = [
+            [key.replace("_", " "), f"{value[0]:.3g} ± {value[1]:.2g}" if key.startswith(("rate", "diffusion")) else _shown(value)]
+            for key, value in told.items()
+        ]
+        body = self._far(moved, per) + _table(["", ""], rows, plain=True)
+        return _section("From frame to frame", words.strip(), body)
+
+    def _far(self, moved: Any, per: str) -> str:
+        far = moved.displacement
+        figure = Figure(figsize=(10.4, 3.0), layout="constrained")
+        one, two = figure.subplots(1, 2)
+        counts = [0] * self.a.shape[0]
+        for k in moved.tracks.frame:
+            counts[int(k)] += 1
+        seen = np.array(counts, dtype=float)
+        seen[seen == 0] = np.nan
+        one.plot(np.arange(len(seen)), seen, color="#2563a8", lw=1.3)
+        one.set_xlabel("frame", fontsize=9)
+        one.set_ylabel("columns and vacant places", fontsize=9)
+        _quiet(one)
+        if far is not None:
+            unit, factor = ("px²", 1.0) if self.pixel_m is None else ("pm²", (1e12 * self.pixel_m) ** 2)
+            two.errorbar(far.lag_s, far.square * factor, far.sigma * factor, color="#c2571a", lw=1.2, marker="o", ms=3)
+            two.axhline(0, color="#b8c0cb", lw=0.8)
+            two.set_xlabel(f"time ({'s' if per == 's' else 'frames'})", fontsize=9)
+            two.set_ylabel(f"mean squared displacement ({unit})", fontsize=9)
+        _quiet(two)
+        return _png(figure, "columns a frame and their mean squared displacement")
 
     # ---------------------------------------------------------------------------------------------------- the library
 
     def library(self) -> str:
-        return ""
+        one = self.a.remembered
+        if one is None:
+            return ""
+        if one.size == 0:
+            return _section("Seen before?", "The library was empty; the elements of this image are its first.", "")
+        rows = "".join(self._sighting(seen) for seen in one.seen)
+        words = (
+            f"The library held {_grouped(one.size)} elements. Left, an element of this image; then its nearest likes in "
+            "other images. The chance is how often noise puts equal surroundings so far apart."
+        )
+        return _section("Seen before?", words, rows)
+
+    @staticmethod
+    def _sighting(seen: Any) -> str:
+        def tile(patch: NDArray[Any], words: str) -> str:
+            shown = picture_png(patch) if patch.size else ""
+            return f"<figure>{shown}<figcaption>{html.escape(words)}</figcaption></figure>"
+
+        own = tile(seen.patch, f"{seen.what} at ({seen.place[0]:.0f}, {seen.place[1]:.0f})")
+        others = "".join(
+            tile(
+                other["patch"],
+                f"{other['kind']} in {other['file']}, {other['times']} times; chance {100 * other['p_same']:.2g} %",
+            )
+            for other in seen.others
+        )
+        none = "" if seen.others else "<figure><figcaption>not seen in another image</figcaption></figure>"
+        return f'<div class="patches">{own}{others}{none}</div>'
 
     # -------------------------------------------------------------------------------------------------------- the end
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stemloop import __version__
+from stemloop.campaign.motion import told as motion_told
 from stemloop.campaign.one_image import Understood
 from stemloop.core.structure import Defect, Grain
 
@@ -57,10 +58,20 @@ def summarise(analysis: Analysis, sha256: str, parameters: dict[str, Any], files
     }
     if analysis.registration is not None:
         told["drift"] = drift(analysis)
-    if analysis.dynamics:
-        told["dynamics"] = {key: value for key, value in analysis.dynamics.items() if key != "of_frame"}
-    if analysis.matches:
-        told["library"] = [{k: v for k, v in match.items() if k != "patch"} for match in analysis.matches]
+    if analysis.motion is not None:
+        told["dynamics"] = motion_told(analysis.motion, pixel_m)
+    if analysis.remembered is not None:
+        told["library"] = {
+            "elements_before": analysis.remembered.size,
+            "looked_up": [
+                {
+                    "what": one.what,
+                    "place_px": [_plain(v) for v in one.place],
+                    "seen": [{k: v for k, v in other.items() if k != "patch"} for other in one.others],
+                }
+                for one in analysis.remembered.seen
+            ],
+        }
     told["notes"] = list(analysis.notes)
     told["left_out"] = [f"{part}: {why}" for part, why in analysis.left_out]
     told["files"] = files
