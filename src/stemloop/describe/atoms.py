@@ -26,6 +26,9 @@ __all__ = ["find_columns", "sublattices"]
 
 #: A peak under this part of the bright columns' amplitude is a tail of the probe or a wave of the background.
 _LEAST_AMPLITUDE = 0.1
+#: A column that stands out has an amplitude of so many deviations; one that did so in a fit may have a few less in the
+#: next.
+_SIGNIFICANT, _STILL_SIGNIFICANT = 4.0, 3.0
 #: Of a column's core at least this share must have been measured.
 _LEAST_MEASURED = 0.35
 #: A region is searched with so many widths of the image around it, for its columns' neighbours.
@@ -144,7 +147,8 @@ def _finished(
     core = 2 * np.exp(fitted[:, 3])
     _, count, whole = gaussians.core_means(fitted, model.image, (weight > 0).astype(np.float32), core)
     part = count / np.maximum(whole, 1)
-    good = _believable(fitted, sigma, width, pixels.shape, guided) & (chance > 0.5) & (part > _LEAST_MEASURED)
+    least = np.where(guided, 0.0, _STILL_SIGNIFICANT)
+    good = _believable(fitted, sigma, width, pixels.shape, least) & (chance > 0.5) & (part > _LEAST_MEASURED)
     lost = more[guided[len(value) :] & ~good[len(value) :], :2]
     vacant = np.concatenate([sites.position[~there], lost])
     return _Found(fitted, sigma, model.under(fitted[:, :2]), chance, part, vacant).take(good)
@@ -274,12 +278,12 @@ def _believable(
     sigma: Floats,
     width: float,
     shape: tuple[int, ...],
-    expected: NDArray[np.bool_] | bool = False,
+    least: Floats | float = _SIGNIFICANT,
 ) -> NDArray[np.bool_]:
-    """Which fits are columns: significant (if not ``expected``), not far too weak, wide or narrow, on the image, not
-    doubled."""
+    """Which fits are columns: their amplitude ``least`` deviations or more, not far too weak, wide or narrow, on the
+    image, not doubled."""
     good = np.isfinite(value).all(axis=1) & np.isfinite(sigma).all(axis=1)
-    good &= (value[:, 2] > 4 * sigma[:, 2]) | expected
+    good &= value[:, 2] > least * sigma[:, 2]
     good &= (sigma[:, :2] < 0.5 * width).all(axis=1)
     good &= np.abs(value[:, 3] - np.log(width)) < np.log(2.2)
     good &= ((value[:, :2] >= -1) & (value[:, :2] <= shape)).all(axis=1)
