@@ -99,9 +99,9 @@ def _searched(region: Region, raster: Raster, noise: Noise, scale: Scale) -> _Fo
     pixels, measured = region.pixels, region.measured
     width, excess = scale.width, 1.0
     value, background = np.zeros((0, 4)), np.full((2, 2), np.percentile(pixels[::4, ::4], 10))
+    soft = mean = filters.smooth(pixels, 0.5 * width)
     for first in (True, False):
-        soft = filters.smooth(pixels, 0.5 * width)
-        variance = noise.variance(soft)
+        variance = noise.variance(mean)
         places, z = _peaks(pixels, soft, noise, width)
         if first and not scale.periodic:  # without a lattice most of the image is support, whatever waves it has
             excess = max(1.0, _spread(filters.negative_laplacian(pixels, width), variance, width))
@@ -110,7 +110,7 @@ def _searched(region: Region, raster: Raster, noise: Noise, scale: Scale) -> _Fo
         if len(start) == 0:
             return _nothing()
         known = fitting.prior(start)
-        weight = _weight(variance, measured, soft, raster, noise)
+        weight = _weight(variance, measured, mean, raster, noise)
         model = fitting.fit(pixels, weight, start, background, width, known)
         sigma = fitting.deviations(model, weight, pixels, known)
         good = _believable(model.columns, sigma, width, pixels.shape)
@@ -120,6 +120,7 @@ def _searched(region: Region, raster: Raster, noise: Noise, scale: Scale) -> _Fo
         width = float(np.exp(np.median(value[:, 3])))
         if not raster.complete:
             pixels = np.where(measured, pixels, model.image)
+        mean = model.image
         residual = filters.negative_laplacian(pixels - model.image, width)
         excess = max(excess if not scale.periodic else 1.0, _spread(residual, variance, width))
     return _finished(region, raster, noise, value, background, width)
