@@ -26,6 +26,9 @@ __all__ = ["find_columns", "sublattices"]
 
 #: A peak under this part of the bright columns' amplitude is a tail of the probe or a wave of the background.
 _LEAST_AMPLITUDE = 0.1
+#: A column that stands out has an amplitude of so many deviations; one that did so in a fit may have a few less in the
+#: next.
+_SIGNIFICANT, _STILL_SIGNIFICANT = 4.0, 3.0
 #: Of a column's core at least this share must have been measured.
 _LEAST_MEASURED = 0.35
 #: A region is searched with so many widths of the image around it, for its columns' neighbours.
@@ -96,9 +99,9 @@ def _searched(region: Region, raster: Raster, noise: Noise, scale: Scale) -> _Fo
     pixels, measured = region.pixels, region.measured
     width, excess = scale.width, 1.0
     value, background = np.zeros((0, 4)), np.full((2, 2), np.percentile(pixels[::4, ::4], 10))
+    soft = mean = filters.smooth(pixels, 0.5 * width)
     for first in (True, False):
-        soft = filters.smooth(pixels, 0.5 * width)
-        variance = noise.variance(soft)
+        variance = noise.variance(mean)
         places, z = _peaks(pixels, soft, noise, width)
         if first and not scale.periodic:  # without a lattice most of the image is support, whatever waves it has
             excess = max(1.0, _spread(filters.negative_laplacian(pixels, width), variance, width))
@@ -107,7 +110,7 @@ def _searched(region: Region, raster: Raster, noise: Noise, scale: Scale) -> _Fo
         if len(start) == 0:
             return _nothing()
         known = fitting.prior(start)
-        weight = _weight(variance, measured, soft, raster, noise)
+        weight = _weight(variance, measured, mean, raster, noise)
         model = fitting.fit(pixels, weight, start, background, width, known)
         sigma = fitting.deviations(model, weight, pixels, known)
         good = _believable(model.columns, sigma, width, pixels.shape)
@@ -117,6 +120,7 @@ def _searched(region: Region, raster: Raster, noise: Noise, scale: Scale) -> _Fo
         width = float(np.exp(np.median(value[:, 3])))
         if not raster.complete:
             pixels = np.where(measured, pixels, model.image)
+        mean = model.image
         residual = filters.negative_laplacian(pixels - model.image, width)
         excess = max(excess if not scale.periodic else 1.0, _spread(residual, variance, width))
     return _finished(region, raster, noise, value, background, width)
@@ -144,7 +148,8 @@ def _finished(
     core = 2 * np.exp(fitted[:, 3])
     _, count, whole = gaussians.core_means(fitted, model.image, (weight > 0).astype(np.float32), core)
     part = count / np.maximum(whole, 1)
-    good = _believable(fitted, sigma, width, pixels.shape, guided) & (chance > 0.5) & (part > _LEAST_MEASURED)
+    least = np.where(guided, 0.0, _STILL_SIGNIFICANT)
+    good = _believable(fitted, sigma, width, pixels.shape, least) & (chance > 0.5) & (part > _LEAST_MEASURED)
     lost = more[guided[len(value) :] & ~good[len(value) :], :2]
     vacant = np.concatenate([sites.position[~there], lost])
     return _Found(fitted, sigma, model.under(fitted[:, :2]), chance, part, vacant).take(good)
@@ -274,12 +279,12 @@ def _believable(
     sigma: Floats,
     width: float,
     shape: tuple[int, ...],
-    expected: NDArray[np.bool_] | bool = False,
+    least: Floats | float = _SIGNIFICANT,
 ) -> NDArray[np.bool_]:
-    """Which fits are columns: significant (if not ``expected``), not far too weak, wide or narrow, on the image, not
-    doubled."""
+    """Which fits are columns: their amplitude ``least`` deviations or more, not far too weak, wide or narrow, on the
+    image, not doubled."""
     good = np.isfinite(value).all(axis=1) & np.isfinite(sigma).all(axis=1)
-    good &= (value[:, 2] > 4 * sigma[:, 2]) | expected
+    good &= value[:, 2] > least * sigma[:, 2]
     good &= (sigma[:, :2] < 0.5 * width).all(axis=1)
     good &= np.abs(value[:, 3] - np.log(width)) < np.log(2.2)
     good &= ((value[:, :2] >= -1) & (value[:, :2] <= shape)).all(axis=1)

@@ -137,11 +137,15 @@ def fit(pixels: Image, weight: Image, start: Floats, background: Floats, width: 
 def deviations(model: Model, weight: Image, pixels: Image, known: Prior) -> Floats:
     """(n, 4) 1-sigma deviations of the columns' parameters, from the matrix of the last step.
 
-    Where a column's surroundings hold more than noise, its reduced chi-square widens them.
+    Where a column's surroundings hold more than noise, its reduced chi-square widens them. And a fit seeks each column
+    where noise adds to it: for two coordinates sought, its squared amplitude comes out two variances too large (as a
+    chi-square of two degrees of freedom), and its place looks better known than it is by that.
     """
     sigma = model.equations(weight, known.precision).deviations()
     measured = (weight > 0).astype(np.float32)
     radius = 2 * np.exp(model.columns[:, 3])
     local, count, _ = gaussians.core_means(model.columns, weight * (pixels - model.image) ** 2, measured, radius)
     few = np.sqrt(2 / np.maximum(count, 1))
-    return np.asarray(sigma * np.sqrt(np.maximum(local / (1 + few), 1.0))[:, None])
+    sigma *= np.sqrt(np.maximum(local / (1 + few), 1.0))[:, None]
+    sigma[:, :2] /= np.sqrt(np.maximum(1 - 2 * (sigma[:, 2] / model.columns[:, 2]) ** 2, 0.25))[:, None]
+    return np.asarray(sigma)
