@@ -21,6 +21,8 @@ Integers = NDArray[np.int64]
 #: A model must be this much better by the criterion, and its cosets must differ by at least this in the logarithm of
 #: the brightness or, in distances of nearest neighbours, in position: less is no other site.
 _BETTER, _BRIGHTER, _APART = 20.0, 0.04, 0.04
+#: ... and by this many deviations of single columns: a faint ripple over a few rows is no lattice.
+_CLEAR = 0.7
 _LARGEST_INDEX = 4
 
 
@@ -134,10 +136,10 @@ def _gain(values: Floats, site: Integers, group: Integers, k: int, m: int) -> tu
     one = np.mean(np.clip(before, -scale, scale) ** 2, axis=0) + 1e-12
     other = np.mean(np.clip(after, -scale, scale) ** 2, axis=0) + 1e-12
     gain = n * np.log(one / other) - k * (m - 1) * np.log(n)
-    full = np.where(count[:, None] >= 3, mean, np.nan).reshape(k, m, -1)
     if (count < 3).any():
         return np.full(values.shape[1], -np.inf), np.zeros(values.shape[1])
-    return gain, (full.max(axis=1) - full.min(axis=1)).max(axis=0)
+    apart = np.ptp(mean.reshape(k, m, -1), axis=1).max(axis=0)
+    return np.where(apart > _CLEAR * 1.4826 * np.median(np.abs(after), axis=0), gain, -np.inf), apart
 
 
 def _centred(values: Floats, group: Integers, groups: int) -> tuple[Floats, Floats, Integers]:

@@ -20,6 +20,8 @@ Integers = NDArray[np.int64]
 LEVELS = np.array([0.15, 0.25, 0.34])
 #: Share of the columns around that must fit into the column's own lattice.
 SUPPORT = 0.55
+#: How far a column looks for neighbours, in the longer lattice vector: the diagonal of a square cell is still seen.
+REACH = 1.5
 #: Weight of the vectors that a column inherits, in squared steps of the lattice.
 _INHERITED = 6.0
 _FIT = 0.25
@@ -110,7 +112,7 @@ def _vote(
         if site[q] != s:
             continue
         y, x = position[m, 0] - position[q, 0], position[m, 1] - position[q, 1]
-        if y * y + x * x > 1.6 * reach * reach:
+        if y * y + x * x > 1.2 * reach * reach:
             break
         a, b = float(i - cell[q, 0]), float(j - cell[q, 1])
         if abs(a) > 2 or abs(b) > 2:
@@ -157,7 +159,7 @@ def walk(
     queue = np.zeros(n, np.int64)
     queue[0] = start
     known = 1
-    reach = 1.25 * np.sqrt(max((vectors[0] ** 2).sum(), (vectors[1] ** 2).sum()))
+    reach = REACH * np.sqrt(max((vectors[0] ** 2).sum(), (vectors[1] ** 2).sum()))
     frame = np.zeros((2, 2))
     for level in levels:
         tolerance = level * nearest
