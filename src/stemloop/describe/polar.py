@@ -179,7 +179,7 @@ def vortices(polar: Polar, *, smoothing: float | None = None) -> tuple[Defect, .
     """Vortices, hedgehogs and antivortices: points around which the displacement turns by a whole number of turns.
 
     The field is averaged over a Gaussian of ``smoothing`` cells, weighted by its deviations. A winding counts where
-    the loop's polygon in the space of displacements keeps four deviations from zero; so neither noise nor an abrupt
+    the loop's polygon in the space of displacements keeps three deviations from zero; so neither noise nor an abrupt
     180 degree wall (where a half turn to the left and to the right are alike) makes pairs of vortices.
 
     Parameters

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import curve_fit
+from scipy import ndimage
 
 from stemloop.core.structure import Defect
 from stemloop.describe.winding import smallest
@@ -19,6 +19,8 @@ _BRIDGE = 3
 #: How far [cells] on each side of a wall its domains are looked at.
 _DEEP = 6
 _NEAR_DEG = 20.0
+#: A domain has at least this many cells.
+_SMALLEST = 6
 
 
 class _Edges(NamedTuple):
@@ -43,26 +45,52 @@ def walls_of(
     """Walls of one grid; ``table`` (rows, columns) says which cell lies where, -1 where none."""
     if not table.size or p_variant.shape[1] < 2:
         return []
-    label = np.where(table >= 0, variant[table], -2)
+    label = _without_islands(np.where(table >= 0, variant[table], -2))
+    label[(label == -2) & (_around(table >= 0).sum(axis=0) >= 3)] = -1  # single cells that were not measured
     label = _bridged(label)
+    where = _places(table, place)
     edges = _edges(label)
     found: list[Defect] = []
     for a, b in np.unique(edges.pair, axis=0).tolist():
         own = np.flatnonzero((edges.pair == (a, b)).all(axis=1))
         for path, closed in _paths(edges.ends[own]):
-            if len(path) >= fewest:
-                line = own[path]
+            line = own[path]
+            if len(path) >= fewest and np.isfinite(where[tuple(edges.one[line].T)] + where[tuple(edges.other[line].T)]).all():
                 part = _Edges(*(field[line] for field in edges))
-                found.append(_wall(part, closed, label, table, place, vector, sigma, p_variant))
+                found.append(_wall(part, closed, label, table, where, place, vector, sigma, p_variant))
     return found
+
+
+def _without_islands(label: Integers) -> Integers:
+    """``label`` with domains of a few cells taken out (-1)."""
+    label = label.copy()
+    for v in range(int(label.max(initial=-1)) + 1):
+        number, _ = ndimage.label(label == v)
+        label[(number > 0) & (np.bincount(number.ravel())[number] < _SMALLEST)] = -1
+    return label
+
+
+def _around(grid: NDArray[Any], outside: Any = 0) -> NDArray[Any]:
+    """(4, ...) the values before and after each place along both axes."""
+    padded = np.pad(grid, ((1, 1), (1, 1), *((0, 0),) * (grid.ndim - 2)), constant_values=outside)
+    return np.stack([padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
+
+
+def _places(table: Integers, place: Floats) -> Floats:
+    """(rows, columns, 2) where each cell lies; where none was measured, midway between those on its two sides."""
+    where = np.where((table >= 0)[..., None], place[table], np.nan)
+    before, after, left, right = _around(where, np.nan)
+    pairs = np.stack([(before + after) / 2, (left + right) / 2])
+    there = np.isfinite(pairs)
+    mean = np.where(there, pairs, 0.0).sum(axis=0) / np.maximum(there.sum(axis=0), 1)
+    return np.where((table < 0)[..., None] & there.any(axis=0), mean, where)
 
 
 def _bridged(label: Integers) -> Integers:
     """``label`` grown into the cells that are not polar (-1), a few cells far: each takes its neighbours' majority."""
     label = label.copy()
     for _ in range(_BRIDGE):
-        padded = np.pad(label, 1, constant_values=-2)
-        near = np.stack([padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
+        near = _around(label, -2)
         votes = np.stack([(near == v).sum(axis=0) for v in range(int(label.max(initial=-1)) + 1)] or [near[0] * 0])
         grown = (label == -1) & (votes.max(axis=0) > 0)
         label[grown] = votes.argmax(axis=0)[grown]
@@ -132,12 +160,13 @@ def _wall(
     closed: bool,
     label: Integers,
     table: Integers,
+    where: Floats,
     place: Floats,
     vector: Floats,
     sigma: Floats,
     p_variant: Floats,
 ) -> Defect:
-    first, second = place[table[tuple(edges.one.T)]], place[table[tuple(edges.other.T)]]
+    first, second = where[tuple(edges.one.T)], where[tuple(edges.other.T)]
     line = _softened((first + second) / 2, closed)
     normal = _normals(line, second - first)
     inner = _side(edges.one, edges.other, label, table, place, line, normal)
@@ -193,9 +222,11 @@ def _side(
         inside = ((at >= 0) & (at < label.shape)).all(axis=1)
         safe = np.where(inside[:, None], at, 0)
         alive &= inside & (label[tuple(safe.T)] == wanted)
-        cell.append(table[tuple(safe[alive].T)])
-        edge.append(np.flatnonzero(alive))
-        depth.append(np.full(int(alive.sum()), deep))
+        number = table[tuple(safe.T)]
+        measured = np.flatnonzero(alive & (number >= 0))
+        cell.append(number[measured])
+        edge.append(measured)
+        depth.append(np.full(len(measured), deep))
         at = at + step
     cells, edges, depths = np.concatenate(cell), np.concatenate(edge), np.concatenate(depth)
     away = ((place[cells] - line[edges]) * normal[edges]).sum(axis=1)
@@ -235,7 +266,11 @@ def _charge(before: Floats, after: Floats, normal: Floats) -> str:
 def _width(
     inner: _Side, outer: _Side, before: Floats, after: Floats, vector: Floats, sigma: Floats
 ) -> tuple[float, float]:
-    """2 xi and its deviation [px] of the profile tanh((x - x0) / xi) of the component that the wall reverses."""
+    """2 xi and its deviation [px] of the profile tanh((x - x0) / xi) of the component that the wall reverses.
+
+    Mean and deviation of the posterior over xi with every xi up to a third of the depth equally likely beforehand; its
+    height is fitted and x0 maximised. An abrupt wall so gives a width of about its deviation.
+    """
     jump = after - before
     half = float(np.hypot(*jump)) / 2
     cell = np.concatenate([inner.cell, outer.cell])
@@ -244,15 +279,17 @@ def _width(
         return np.nan, np.nan
     along = jump / (2 * half)
     y = (vector[cell] - (before + after) / 2) @ along
-    noise = np.hypot(*(sigma[cell] * along).T)
-    start = (half, 0.0, float(np.median(np.abs(x))) / 4 + 1e-6)
-
-    def profile(x: Floats, size: float, middle: float, xi: float) -> Floats:
-        return np.asarray(size * np.tanh((x - middle) / xi))
-
-    try:
-        solved, covariance = curve_fit(profile, x, y, start, noise, maxfev=300)
-    except RuntimeError:  # it found no least squares: there is no such profile
-        return np.nan, np.nan
-    xi, left = abs(float(solved[2])), float(np.sqrt(covariance[2, 2]))
-    return (2 * xi, 2 * left) if np.isfinite(left) and xi < np.ptp(x) else (np.nan, np.nan)
+    weight = 1 / ((sigma[cell] * along) ** 2).sum(axis=1)
+    if len(x) > 600:
+        every = -(-len(x) // 600)
+        x, y, weight = x[::every], y[::every], weight[::every] * every
+    deep = float(np.abs(x).max())
+    xi = deep / 3 * (np.arange(40) + 0.5) / 40
+    shift = deep / 6 * np.linspace(-1, 1, 13)
+    shape = np.tanh((x - shift[:, None]) / xi[:, None, None])  # (xi, x0, points)
+    height = (shape * (weight * y)).sum(-1) / np.maximum((shape**2 * weight).sum(-1), 1e-30)
+    price = (weight * (y - height[..., None] * shape) ** 2).sum(-1).min(axis=1)
+    price = (price - price.min()) / max(1.0, float(price.min()) / max(len(x) - 3, 1))
+    likely = np.exp(-price / 2)
+    mean = float((likely * xi).sum() / likely.sum())
+    return 2 * mean, 2 * float(np.sqrt((likely * (xi - mean) ** 2).sum() / likely.sum()))

@@ -110,7 +110,7 @@ def _distance_from_zero(one: Floats, other: Floats) -> Floats:
     return np.asarray(np.hypot(*np.moveaxis(one + part[..., None] * along_it, -1, 0)))
 
 
-def charges(vector: Floats, sigma: Floats, least: float = 4.0) -> list[Charge]:
+def charges(vector: Floats, sigma: Floats, least: float = 3.0) -> list[Charge]:
     """All charges of a grid of vectors (n, m, 2) whose margin is at least ``least`` deviations.
 
     Squares are asked from the smallest on. A larger one counts only for what is not yet explained by charges inside
