@@ -18,8 +18,9 @@ Integers = NDArray[np.int64]
 
 #: Grains turned by less than this [rad] and strained by less than this are one crystal, with faults or misfit in it.
 _SAME_TURN, _SAME_SIZE = np.deg2rad(3.0), 0.12
-#: A bond is of no lattice vector if it misses all by this part of the shorter vector.
-_JUMP = 0.2
+#: A bond is of no lattice vector if it misses all by this part of the shorter vector, and by so many deviations of the
+#: bonds' own spread; a fault's mean jump must be larger by a quarter.
+_JUMP, _DEVIATIONS = 0.2, 5.0
 #: A line of fewer bonds, or shorter than this many vectors, is none.
 _FEWEST_BONDS, _SHORTEST = 5, 3.0
 #: Least resultant length of the jumps along a fault (1 if all are equal).
@@ -46,7 +47,8 @@ def turn_between(one: Grain, other: Grain) -> Turn:
     """The smallest of the equivalent rotations that take the lattice ``one`` to ``other``.
 
     All choices of vectors of the other lattice are compared; those that leave the least strain (or 0.05 more, for
-    images are distorted) are equivalent by the symmetry of the lattice.
+    images are distorted) are equivalent by the symmetry of the lattice. A distortion of the size of the strain that is
+    left turns vectors by up to half of it, which is in the deviation with those of the vectors.
     """
     choices = _MATRICES @ other.vectors
     deformation = np.swapaxes(np.linalg.inv(one.vectors) @ choices, -1, -2)
@@ -55,12 +57,9 @@ def turn_between(one: Grain, other: Grain) -> Turn:
     strain = np.abs(mean) + half
     alike = np.flatnonzero(strain < strain.min() + 0.05)
     best = alike[np.argmin(np.abs(rotation[alike]))]
-    return Turn(
-        float(rotation[best]),
-        float(np.hypot(_turn_sigma(one), _turn_sigma(other))),
-        float(strain[best]),
-        _MATRICES[best],
-    )
+    misfit = float(strain[best])
+    sigma = np.linalg.norm([_turn_sigma(one), _turn_sigma(other), misfit / 2])
+    return Turn(float(rotation[best]), float(sigma), misfit, _MATRICES[best])
 
 
 def _turn_sigma(grain: Grain) -> float:
@@ -127,12 +126,20 @@ def grain_boundaries(position: Floats, crystal: Integers, grains: tuple[Grain, .
 
 def jumping(whole: Net, vectors: Floats) -> NDArray[np.bool_]:
     """(e,) bonds that are far from every lattice vector, but for those of columns that are themselves out of place."""
-    miss = np.hypot(*(whole.miss @ vectors).T) > _JUMP * np.hypot(*vectors.T).min()
+    miss = np.hypot(*(whole.miss @ vectors).T) > _least_jump(whole, vectors)
     points = int(whole.bond.max()) + 1 if len(whole.bond) else 0
     ends = whole.bond.ravel()
     jumps = np.bincount(ends, np.repeat(miss, 2), minlength=points)
     odd = jumps > _ODD * np.bincount(ends, minlength=points)
     return np.asarray(miss & ~odd[whole.bond].any(axis=1))
+
+
+def _least_jump(whole: Net, vectors: Floats) -> float:
+    """How far [px] a bond must be from all lattice vectors."""
+    if len(whole.bond) == 0:
+        return np.inf
+    spread = 1.4826 * float(np.median(np.abs(whole.miss @ vectors)))
+    return max(_JUMP * float(np.hypot(*vectors.T).min()), _DEVIATIONS * spread)
 
 
 def stacking_faults(position: Floats, vectors: Floats, whole: Net) -> tuple[Defect, ...]:
@@ -151,7 +158,7 @@ def stacking_faults(position: Floats, vectors: Floats, whole: Net) -> tuple[Defe
     the probe does as well.
     """
     found = []
-    shortest = float(np.hypot(*vectors.T).min())
+    shortest, least = float(np.hypot(*vectors.T).min()), _least_jump(whole, vectors)
     for line, sense in crossings(whole, jumping(whole, vectors)):
         place = _smooth(position[whole.bond[line]].mean(axis=1))
         if len(line) < _FEWEST_BONDS or _extent(place) < _SHORTEST * shortest:
@@ -163,6 +170,8 @@ def stacking_faults(position: Floats, vectors: Floats, whole: Net) -> tuple[Defe
         sigma = np.sqrt(-2 * np.log(np.abs(phase).clip(1e-9, 1 - 1e-9)) / len(line)) / (2 * np.pi)
         across = ((position[whole.bond[line, 1]] - position[whole.bond[line, 0]]) * sense[:, None]).mean(axis=0)
         step = jump @ vectors
+        if np.hypot(*step) < 1.25 * least:
+            continue
         z = np.hypot(*step) / max(float(np.hypot(*(sigma @ np.abs(vectors)))), 1e-9)
         along = place[-1] - place[0]
         found.append(

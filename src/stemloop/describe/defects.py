@@ -24,14 +24,23 @@ _FALSE_ALARMS = 0.05
 _VACANCIES = 0.01
 #: Amplitude over its deviation from which a column is found by itself.
 _FOUND = 4.0
-#: Chance that the image, asked at a place, calls a column absent that is there.
-_OVERLOOKED = 0.01
+#: How much likelier an overlooked column is where the image was not asked at the place itself.
+_ASKED = 0.1
+#: Columns of the same site around a vacancy by which it is judged.
+_AROUND = 16
 #: A crystal surrounds a place if no gap between its columns seen from there is wider [rad].
 _WIDEST_GAP = np.deg2rad(150)
 #: Point defects nearer than this many nearest-neighbour distances to a core or a line are parts of it.
 _NEAR = 1.5
-#: Neighbours of the same site to which a column's brightness is compared.
-_COMPARED = 12
+#: Local vectors that differ by more than this part from their grain's are taken for its own.
+_ODD = 0.3
+#: Fewest columns of a site among which one is called odd.
+_FEWEST = 24
+#: Lines of neighbours, in lattice vectors, to which a column's brightness is compared.
+_LINES = np.array([[1, 0], [0, 1], [1, 1], [1, -1]], dtype=np.float64)
+#: Loose columns that share a place in the cell, within this part of the nearest neighbours' distance, are a site that
+#: is seldom seen.
+_SHARED, _SEVERAL = 0.25, 3
 
 
 def find_defects(columns: Columns, assignment: Assignment, shape: tuple[int, int]) -> tuple[Defect, ...]:
@@ -39,11 +48,13 @@ def find_defects(columns: Columns, assignment: Assignment, shape: tuple[int, int
 
     - ``vacancy``: a place inside a crystal where a column is expected and none is. p weighs the prior share of
       vacancies against the chance that a column of that site is overlooked. Detail: ``site``, ``grain``.
-    - ``dopant``: a column brighter or weaker than the columns of its site on every side of it (so neither a slope of
-      thickness nor an interface is one). At most 0.05 are expected by chance in an image. Detail: ``site``, ``ratio``
-      to the neighbours and ``ratio_sigma``, ``z_score``, ``brightness`` (``brighter`` or ``weaker``), ``column``.
-    - ``interstitial``: a column inside a crystal and on none of its sites. Detail: ``column``, ``offset_px`` to the
-      nearest site.
+    - ``dopant``: a column brighter or weaker than the columns of its site along every line through it (so neither a
+      slope of thickness nor an interface or a layer is one). At most 0.05 are expected by chance in an image. Detail:
+      ``site``, ``ratio`` to the neighbours and ``ratio_sigma``, ``z_score``, ``brightness`` (``brighter`` or
+      ``weaker``), ``column``.
+    - ``interstitial``: a column inside a crystal and on none of its sites. Several at one place of the cell are a site
+      that is seldom seen, and a column beside its empty site is out of place: neither is listed. Detail: ``column``,
+      ``offset_px`` to the nearest site.
     - ``dislocation``: see :func:`stemloop.describe.dislocations.dislocations`.
     - ``stacking-fault``, ``grain-boundary``: see :mod:`stemloop.describe.boundaries`.
 
@@ -65,7 +76,9 @@ def find_defects(columns: Columns, assignment: Assignment, shape: tuple[int, int
         raise InputError(f"{len(columns)} columns have {len(assignment)} assignments: they are of different images.")
     if not assignment.grains or not (assignment.site >= 0).any():
         return ()
-    extended = _extended(columns, assignment)
+    first, change = crystals(assignment.grains)
+    frames = _frames(columns, assignment, change[assignment.grain.clip(0)])
+    extended = _extended(columns, assignment, np.where(assignment.grain >= 0, first[assignment.grain], -1), frames)
     occupied = [d.place for d in extended]
     spacing = _spacing(columns.position[assignment.site >= 0])
     core = cKDTree(np.concatenate(occupied)) if occupied else None
@@ -75,11 +88,9 @@ def find_defects(columns: Columns, assignment: Assignment, shape: tuple[int, int
             return np.ones(len(place), dtype=bool)
         return np.asarray(core.query(place)[0]) > _NEAR * spacing
 
-    points = (
-        *_vacancies(columns, assignment, spacing, shape),
-        *_dopants(columns, assignment),
-        *_interstitials(columns, assignment, spacing),
-    )
+    empty = _vacancies(columns, assignment, spacing, shape)
+    loose = _interstitials(columns, assignment, spacing)
+    points = (*_lonely(empty, loose, spacing), *_dopants(columns, assignment, frames), *_lonely(loose, empty, spacing))
     free = apart(np.array([d.place[0] for d in points]).reshape(-1, 2))
     return (*extended, *(d for d, alone in zip(points, free, strict=True) if alone))
 
@@ -94,41 +105,40 @@ def _spacing(position: Floats) -> float:
 # ------------------------------------------------------------------------------------------------ lines and cores
 
 
-def _extended(columns: Columns, assignment: Assignment) -> tuple[Defect, ...]:
-    """Grain boundaries, stacking faults and dislocations."""
-    first, change = crystals(assignment.grains)
-    sited = np.flatnonzero((assignment.grain >= 0) & (assignment.site >= 0))
-    crystal = np.full(len(columns), -1)
-    crystal[sited] = first[assignment.grain[sited]]
+def _extended(columns: Columns, assignment: Assignment, crystal: Integers, frames: Floats) -> tuple[Defect, ...]:
+    """Grain boundaries, stacking faults and dislocations; ``crystal`` (n,) are the grains, like ones as one."""
+    sited = np.flatnonzero((crystal >= 0) & (assignment.site >= 0))
+    numbers = sorted(set(crystal[sited].tolist()))
     found: list[Defect] = []
-    if len(set(crystal[sited].tolist())) > 1:
+    if len(numbers) > 1:
         vectors = np.array([g.vectors for g in assignment.grains])[crystal[sited]]
         position = columns.position[sited]
         found += grain_boundaries(position, crystal[sited], assignment.grains, net(position, vectors))
-    frames = _frames(columns, assignment, change)
-    for number in sorted(set(crystal[sited].tolist())):
+    for number in numbers:
         members = np.flatnonzero((crystal == number) & (assignment.site == 0))
         if len(members) < 6:
             continue
         vectors, position = assignment.grains[number].vectors, columns.position[members]
-        whole = net(position, _settled(position, frames[members], vectors))
+        whole = net(position, frames[members])
         found += stacking_faults(position, vectors, whole)
         found += dislocations(position, vectors, whole)
     return tuple(found)
 
 
 def _frames(columns: Columns, assignment: Assignment, change: Integers) -> Floats:
-    """(n, 2, 2) local vectors in the order of the crystal's first grain; NaN where unknown."""
+    """(n, 2, 2) vectors around each column, in the order of the crystal's first grain: of the nine nearest columns the
+    median, with the grain's own vectors in place of odd ones (which cores and faults make)."""
+    own = np.array([g.vectors for g in assignment.grains])[assignment.grain.clip(0)]
     frames = local_lattice(columns, assignment).vectors
-    return np.asarray(change[assignment.grain.clip(0)] @ frames)
-
-
-def _settled(position: Floats, frames: Floats, vectors: Floats) -> Floats:
-    """Local vectors without the odd ones: the median of nine neighbours', the crystal's own where there is none."""
-    far = np.abs((frames - vectors) @ np.linalg.inv(vectors)).max(axis=(1, 2))
-    frames = np.where((far < 0.3)[:, None, None], frames, vectors)
-    near = np.asarray(cKDTree(position).query(position, min(9, len(position)))[1])
-    return np.asarray(np.median(frames[near], axis=1))
+    with np.errstate(invalid="ignore"):
+        odd = ~(np.abs((frames - own) @ np.linalg.inv(own)) < _ODD).all(axis=(1, 2))
+    frames = change @ np.where(odd[:, None, None], own, frames)
+    sited = np.flatnonzero((assignment.grain >= 0) & (assignment.site >= 0))
+    near = np.asarray(cKDTree(columns.position[sited]).query(columns.position[sited], min(9, len(sited)))[1])
+    same = assignment.grain[sited][near] == assignment.grain[sited][:, None]
+    near = np.where(same, near, np.arange(len(sited))[:, None])
+    frames[sited] = np.median(frames[sited][near], axis=1)
+    return np.asarray(frames)
 
 
 # -------------------------------------------------------------------------------------------------- single columns
@@ -164,31 +174,45 @@ def _vacancies(columns: Columns, assignment: Assignment, spacing: float, shape: 
         asked = np.asarray(cKDTree(columns.vacant).query(place)[0]) < 0.4 * spacing
     found = []
     for k in chosen:
-        like = (assignment.site == site[k]) & (assignment.grain == grain[k])
-        overlooked = _overlooked(columns, like) * (_OVERLOOKED if asked[k] else 1.0)
+        overlooked = _overlooked(columns, assignment, place, site, grain, int(k)) * (_ASKED if asked[k] else 1.0)
         p = _VACANCIES / (_VACANCIES + (1 - _VACANCIES) * overlooked)
         found.append(Defect("vacancy", place[k][None, :], float(p), {"site": int(site[k]), "grain": int(grain[k])}))
     return tuple(found)
 
 
-def _overlooked(columns: Columns, like: Mask) -> float:
-    """Chance that a column like these is not found by itself.
+def _lonely(some: tuple[Defect, ...], others: tuple[Defect, ...], spacing: float) -> tuple[Defect, ...]:
+    """``some`` without those beside one of ``others``."""
+    if not some or not others:
+        return some
+    distance = np.asarray(cKDTree([d.place[0] for d in others]).query([d.place[0] for d in some])[0])
+    return tuple(d for d, far in zip(some, distance > 0.7 * spacing, strict=True) if far)
+
+
+def _overlooked(
+    columns: Columns, assignment: Assignment, place: Floats, site: Integers, grain: Integers, number: int
+) -> float:
+    """Chance that a column of this site is not found here.
 
     A Gaussian's centre is known to w times the relative deviation of its amplitude, so w / sigma is the amplitude in
-    deviations; what noise may take from it is the rest above the threshold.
+    deviations; what noise may take from it is the rest above the threshold. It is judged by the weaker of the columns
+    around. Where several places of this site are empty together, the share of them is the chance if it is larger.
     """
-    sigma = np.sqrt((columns.sigma[like] ** 2).mean(axis=1))
-    sigma = sigma[sigma > 0]
-    if len(sigma) == 0:
-        return float(stats.norm.sf(8))
-    strength = float(np.median(columns.width[like])) / float(np.median(sigma))
-    return float(stats.norm.sf(strength - _FOUND))
+    like = np.flatnonzero((assignment.site == site[number]) & (assignment.grain == grain[number]))
+    near = like[np.argsort(((columns.position[like] - place[number]) ** 2).sum(axis=1))[:_AROUND]]
+    sigma = np.sqrt((columns.sigma[near] ** 2).mean(axis=1))
+    strength = columns.width[near] / np.where(sigma > 0, sigma, np.inf)
+    strength = np.where(sigma > 0, strength, 1e3)
+    alone = float(stats.norm.sf(np.quantile(strength, 0.25) - _FOUND)) if len(near) else 1.0
+    radius = np.hypot(*(columns.position[near] - place[number]).T).max() if len(near) else 0.0
+    also = (site == site[number]) & (grain == grain[number])
+    empty = int((np.hypot(*(place[also] - place[number]).T) <= radius).sum()) - 1
+    return max(alone, empty / (empty + len(near))) if empty > 1 else alone
 
 
-def _dopants(columns: Columns, assignment: Assignment) -> tuple[Defect, ...]:
-    """Columns that differ from their neighbours of the same site on every side.
+def _dopants(columns: Columns, assignment: Assignment, frames: Floats) -> tuple[Defect, ...]:
+    """Columns that differ from their neighbours of the same site along every line.
 
-    The brightness is compared with the median of the neighbours in each of four half-planes, and the smallest
+    The brightness is compared with the median of two neighbours on either side, along four lines, and the smallest
     difference counts. Its deviation comes from the differences of nearest neighbours, so it holds the disorder of the
     specimen with the noise; a heavier tail than a Gaussian's widens it, and Student's distribution allows for the
     number of columns that it was judged by.
@@ -198,28 +222,22 @@ def _dopants(columns: Columns, assignment: Assignment) -> tuple[Defect, ...]:
         own = (assignment.grain == number) & ~_doubtful(columns)
         for site in sorted(set(assignment.site[own].tolist()) - {-1}):
             members = np.flatnonzero(own & (assignment.site == site))
-            if len(members) > 2 * _COMPARED:
-                tested.append((site, members, *_contrast(columns, members)))
+            if len(members) >= _FEWEST:
+                tested.append((site, members, *_contrast(columns, members, frames[members])))
     total = sum(int(np.isfinite(z).sum()) for _, _, _, z, _, _ in tested)
     found = []
     for site, members, ratio, z, sigma, freedom in tested:
         chance = 2 * stats.t.sf(np.abs(z), freedom) * total
         for k in np.flatnonzero(chance < _FALSE_ALARMS):
-            found.append(
-                Defect(
-                    "dopant",
-                    columns.position[members[k]][None, :],
-                    float(1 - chance[k]),
-                    {
-                        "site": site,
-                        "ratio": float(1 + ratio[k]),
-                        "ratio_sigma": float(sigma[k]),
-                        "z_score": float(z[k]),
-                        "brightness": "brighter" if ratio[k] > 0 else "weaker",
-                        "column": int(members[k]),
-                    },
-                )
-            )
+            detail = {
+                "site": site,
+                "ratio": float(1 + ratio[k]),
+                "ratio_sigma": float(sigma[k]),
+                "z_score": float(z[k]),
+                "brightness": "brighter" if ratio[k] > 0 else "weaker",
+                "column": int(members[k]),
+            }
+            found.append(Defect("dopant", columns.position[members[k]][None, :], float(1 - chance[k]), detail))
     return tuple(found)
 
 
@@ -229,33 +247,45 @@ def _doubtful(columns: Columns) -> Mask:
     return np.asarray(columns.p_present < 0.5)
 
 
-def _contrast(columns: Columns, members: Integers) -> tuple[Floats, Floats, Floats, float]:
+def _contrast(columns: Columns, members: Integers, frames: Floats) -> tuple[Floats, Floats, Floats, float]:
     """Relative difference to the neighbours (NaN at a rim), its z-score and deviation, and degrees of freedom."""
     position, bright = columns.position[members], columns.amplitude[members]
+    tree = cKDTree(position)
+    tolerance = 0.35 * float(np.hypot(*np.median(frames, axis=0).T).min())
+    level = np.empty((len(_LINES), len(members)))
+    padded, nearest = np.append(bright, np.inf), np.full(len(members), len(members))
+    for k, line in enumerate(_LINES):
+        along = line @ frames
+        near = [
+            np.asarray(tree.query(position + far * along, distance_upper_bound=tolerance)[1]) for far in (1, -1, 2, -2)
+        ]
+        around = padded[np.stack(near, axis=1)]
+        level[k] = _median_of(around, np.isfinite(around).sum(axis=1))
+        for other in near[:2]:
+            nearest = np.where(nearest == len(members), other, nearest)
+    known = np.isfinite(level)
+    middle = float(np.median(bright))
+    whole = np.where(known.any(axis=0), np.nanmean(np.where(known.any(axis=0), level, middle), axis=0), middle)
+    difference = (bright - level) / whole
+    least = np.where(known, np.abs(difference), np.inf).argmin(axis=0)
+    smallest = difference[least, np.arange(len(members))]
+    alike = (np.where(known, difference, 1) > 0).all(axis=0) | (np.where(known, difference, -1) < 0).all(axis=0)
+    ratio = np.where(known.sum(axis=0) >= 3, np.where(alike, smallest, 0.0), np.nan)
     noise = np.sqrt((columns.sigma[members] ** 2).mean(axis=1)) / columns.width[members]
-    near = np.asarray(cKDTree(position).query(position, _COMPARED + 1)[1])
-    away, around = position[near[:, 1:]] - position[:, None, :], bright[near[:, 1:]]
-    middle = np.median(around, axis=1)
-    nearest = np.median(np.hypot(away[:, 0, 0], away[:, 0, 1]))
-    sides = np.stack([sign * away[..., axis] > 0.3 * nearest for axis in (0, 1) for sign in (-1, 1)], axis=1)
-    level = _median_of(np.where(sides, around[:, None, :], np.inf), sides.sum(axis=2))
-    difference = (bright[:, None] - level) / middle[:, None]
-    least = np.where(np.isfinite(difference), np.abs(difference), np.inf).argmin(axis=1)
-    smallest = difference[np.arange(len(members)), least]
-    known = np.isfinite(difference)
-    agree = (np.where(known, difference, 1) > 0).all(axis=1) | (np.where(known, difference, -1) < 0).all(axis=1)
-    ratio = np.where(known.sum(axis=1) >= 3, np.where(agree, smallest, 0.0), np.nan)
-    expected = np.median(noise[near[:, 1:]], axis=1)
-    expected = expected if expected.min() > 0 else np.ones(len(members))
-    partner = near[:, 1]
-    pull = (bright - bright[partner]) / middle / np.hypot(expected, expected[partner])
-    scale = max(np.quantile(np.abs(pull), q) / stats.norm.isf((1 - q) / 2) for q in (0.5, 0.8, 0.9))
-    sigma = np.maximum(scale * expected, 1e-6)
+    noise = np.median(noise[np.asarray(tree.query(position, 9)[1])], axis=1)
+    noise = noise if noise.min() > 0 else np.ones(len(members))
+    paired = np.flatnonzero(nearest < len(members))
+    if len(paired) < _FEWEST:
+        return np.full(len(members), np.nan), np.full(len(members), np.nan), noise, 1.0
+    other = nearest[paired]
+    pull = np.abs(bright[paired] - bright[other]) / whole[paired] / np.hypot(noise[paired], noise[other])
+    scale = max(np.quantile(pull, q) / stats.norm.isf((1 - q) / 2) for q in (0.5, 0.8, 0.9))
+    sigma = np.maximum(scale * noise, 1e-6)
     return ratio, ratio / sigma, sigma, 0.37 * len(members)
 
 
 def _median_of(values: Floats, count: Integers) -> Floats:
-    """Median of the first ``count`` of the sorted last axis; NaN under two."""
+    """Median of the ``count`` smallest of the last axis; NaN where they are fewer than two."""
     ordered = np.sort(values, axis=-1)
     low = np.take_along_axis(ordered, ((count - 1) // 2).clip(0)[..., None], -1)[..., 0]
     high = np.take_along_axis(ordered, (count // 2).clip(0, values.shape[-1] - 1)[..., None], -1)[..., 0]
@@ -275,25 +305,32 @@ def _interstitials(columns: Columns, assignment: Assignment, spacing: float) -> 
     tree = cKDTree(columns.position[regular])
     near = np.asarray(tree.query(columns.position[loose], 6)[1]).reshape(-1, 6)
     grains = assignment.grain[regular][near]
-    single = (grains == grains[:, :1]).all(axis=1)
+    single = (grains == grains[:, :1]).all(axis=1) & (assignment.boundary[regular][near].mean(axis=1) <= 0.5)
     loose, grain, near = loose[single], grains[single, 0], near[single]
     inside = _surrounded(columns.position[loose], grain, columns, assignment, 1.55)
+    loose, grain, near = loose[inside], grain[inside], np.flatnonzero(regular)[near[inside]]
+    rest = [_rest(columns, assignment, k, g, r) for k, g, r in zip(loose, grain, near, strict=True)]
     found = []
-    for k, number, around in zip(loose[inside], grain[inside], near[inside], strict=True):
-        off = _off_site(columns, assignment, int(k), int(number), np.flatnonzero(regular)[around])
-        if off > 0.25 * spacing:
-            p = float(columns.p_present[k]) if len(columns.p_present) == len(columns) else 1.0
-            found.append(
-                Defect("interstitial", columns.position[k][None, :], p, {"column": int(k), "offset_px": float(off)})
-            )
+    for number in set(grain.tolist()):
+        own = np.flatnonzero(grain == number)
+        vectors, basis = assignment.grains[number].vectors, assignment.grains[number].basis
+        cells = np.array([rest[k] for k in own])
+        apart = cells[:, None, :] - cells[None, :, :]
+        shared = (np.hypot(*np.moveaxis((apart - np.rint(apart)) @ vectors, -1, 0)) < _SHARED * spacing).sum(axis=1)
+        off = cells[:, None, :] - basis[None, :, :]
+        off_px = np.hypot(*np.moveaxis((off - np.rint(off)) @ vectors, -1, 0)).min(axis=1)
+        for k, several, far in zip(loose[own], shared, off_px, strict=True):
+            if several < _SEVERAL and far > 0.25 * spacing:
+                p = float(columns.p_present[k]) if len(columns.p_present) == len(columns) else 1.0
+                found.append(
+                    Defect("interstitial", columns.position[k][None, :], p, {"column": int(k), "offset_px": float(far)})
+                )
     return tuple(found)
 
 
-def _off_site(columns: Columns, assignment: Assignment, column: int, number: int, around: Integers) -> float:
-    """Distance [px] of a column from the nearest site of the lattice around it, the median by six neighbours."""
+def _rest(columns: Columns, assignment: Assignment, column: int, number: int, around: Integers) -> Floats:
+    """(2,) place in the cell of a column, by the lattice of six columns around it."""
     grain = assignment.grains[number]
-    away = columns.position[column] - columns.position[around]
-    cells = away @ np.linalg.inv(grain.vectors) + grain.basis[assignment.site[around]]
-    rest = cells[:, None, :] - grain.basis[None, :, :]
-    rest -= np.rint(rest)
-    return float(np.median(np.hypot(*np.moveaxis(rest @ grain.vectors, -1, 0)).min(axis=1)))
+    cells = (columns.position[column] - columns.position[around]) @ np.linalg.inv(grain.vectors)
+    phase = np.exp(2j * np.pi * (cells + grain.basis[assignment.site[around]]))
+    return np.asarray(np.angle(phase.mean(axis=0)) / (2 * np.pi))

@@ -301,7 +301,8 @@ def gpa(
     image : (rows, columns) finite grey levels.
     vectors : the reference lattice: (2, 2) rows a1, a2 as (row, col) [px], or an assignment, whose first grain is
         taken; of several grains each needs its own call.
-    resolution_px : standard deviation [px] of the Gaussian that averages; by default the longer lattice vector.
+    resolution_px : standard deviation [px] of the Gaussian that averages; by default the longer lattice vector,
+        at most an eighth of the image.
     reference : (rows, columns) bool, where the crystal is unstrained; the mean lattice there then is the reference.
 
     Returns
@@ -314,7 +315,8 @@ def gpa(
     InputError : an image or vectors that cannot be used, no reflection above the noise, or a reference without crystal.
     """
     pixels, lattice = _usable(image, vectors)
-    width = float(np.hypot(*lattice.T).max()) if resolution_px is None else float(resolution_px)
+    longest = min(float(np.hypot(*lattice.T).max()), min(pixels.shape) / 8)
+    width = longest if resolution_px is None else float(resolution_px)
     if not 1 <= width <= min(pixels.shape) / 6:
         raise InputError(f"a resolution of {width:.3g} px does not fit an image of {pixels.shape} px.")
     taper = np.outer(*(_taper(n, _TAPER * width) for n in pixels.shape))
@@ -394,7 +396,7 @@ def _reflections(
         g = order @ reciprocal
         if (np.abs(g) + _END / (2 * np.pi * width) < 0.5).all():
             square = _wave(spectrum, g, width, mesh).amplitude ** 2
-            strength = float(np.median(square / noise)) * 4 * np.pi * width**2
+            strength = float(np.quantile(square / noise, 0.9)) * 4 * np.pi * width**2
             if strength > 9:
                 seen.append((strength * float(g @ g), g))
     best = np.array([g for _, g in sorted(seen, key=lambda s: -s[0])[:_MOST]]).reshape(-1, 2)
