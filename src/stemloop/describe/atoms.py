@@ -20,7 +20,7 @@ from stemloop.describe.gaussians import Floats, Image
 from stemloop.describe.noise import Noise, noise_of
 from stemloop.describe.raster import Raster, Region, raster_of
 from stemloop.describe.scale import Scale, scale_of
-from stemloop.describe.sites import expected, presence
+from stemloop.describe.sites import expected, occupancy, presence
 
 __all__ = ["find_columns", "sublattices"]
 
@@ -136,13 +136,14 @@ def _finished(
     weight = _doubted(pixels - model.image, weight, width)
     sites = expected(value[:, :2], pixels.shape, width)
     amplitude, sigma = _amplitudes(pixels - model.image, weight, sites.position, width)
-    share = min(0.99, max(0.5, 1 - len(amplitude) / len(value)))
-    there = presence(amplitude, sigma, value[:, 2], share) > 0.5 if len(amplitude) else np.zeros(0, bool)
+    share = np.where(sites.within, occupancy(amplitude[sites.within], sigma[sites.within], value[:, 2]), 0.5)
+    there = presence(amplitude, sigma, value[:, 2], share) > 0.5
     more = np.column_stack([sites.position, amplitude, np.full(len(amplitude), np.log(width))])[there]
     start = np.concatenate([value, more])
     known = fitting.prior(start, len(more), sites.spread)
     model = fitting.fit(pixels, weight, start, model.background, width, known)
     fitted, sigma = model.columns, fitting.deviations(model, weight, pixels, known)
+    share = np.concatenate([np.full(len(value), share.max(initial=0.5)), share[there]])
     chance = presence(fitted[:, 2], sigma[:, 2], fitted[: len(value), 2], share)
     guided = np.arange(len(start)) >= len(value)
     core = 2 * np.exp(fitted[:, 3])
@@ -150,8 +151,9 @@ def _finished(
     part = count / np.maximum(whole, 1)
     least = np.where(guided, 0.0, _STILL_SIGNIFICANT)
     good = _believable(fitted, sigma, width, pixels.shape, least) & (chance > 0.5) & (part > _LEAST_MEASURED)
-    lost = more[guided[len(value) :] & ~good[len(value) :], :2]
-    vacant = np.concatenate([sites.position[~there], lost])
+    empty = ~there
+    empty[there] = ~good[len(value) :]
+    vacant = sites.position[empty & sites.within]
     return _Found(fitted, sigma, model.under(fitted[:, :2]), chance, part, vacant).take(good)
 
 
