@@ -33,6 +33,9 @@ class Sites(NamedTuple):
     within: NDArray[np.bool_]
     spread: float
 
+    def take(self, kept: NDArray[np.bool_]) -> Sites:
+        return Sites(self.position[kept], self.within[kept], self.spread)
+
 
 def expected(position: Floats, shape: tuple[int, ...], margin: float) -> Sites:
     """Sites that the columns at ``position`` (n, 2) [px] expect and where none of them is.
