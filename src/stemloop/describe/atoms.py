@@ -20,7 +20,7 @@ from stemloop.describe.gaussians import Floats, Image
 from stemloop.describe.noise import Noise, noise_of
 from stemloop.describe.raster import Raster, Region, raster_of
 from stemloop.describe.scale import Scale, scale_of
-from stemloop.describe.sites import expected, presence
+from stemloop.describe.sites import expected, occupancy, presence
 
 __all__ = ["find_columns", "sublattices"]
 
@@ -96,8 +96,7 @@ def find_columns(image: NDArray[np.generic], pixel_size_nm: float | None = None)
 
 def _searched(region: Region, raster: Raster, noise: Noise, scale: Scale) -> _Found:
     """The columns of a region, by two fits: of what stands out, and of that with what the first fit uncovered."""
-    pixels, measured = region.pixels, region.measured
-    width, excess = scale.width, 1.0
+    pixels, width, excess = region.pixels, scale.width, 1.0
     value, background = np.zeros((0, 4)), np.full((2, 2), np.percentile(pixels[::4, ::4], 10))
     soft = mean = filters.smooth(pixels, 0.5 * width)
     for first in (True, False):
@@ -105,23 +104,22 @@ def _searched(region: Region, raster: Raster, noise: Noise, scale: Scale) -> _Fo
         places, z = _peaks(pixels, soft, noise, width)
         if first and not scale.periodic:  # without a lattice most of the image is support, whatever waves it has
             excess = max(1.0, _spread(filters.negative_laplacian(pixels, width), variance, width))
-        places = places[z > excess * _threshold(raster.shape, width)]
+        places = places[(z > excess * _threshold(raster.shape, width)) & _present(region, places, width)]
         start = _start(soft, places, width, value)
         if len(start) == 0:
             return _nothing()
         known = fitting.prior(start)
-        weight = _weight(variance, measured, mean, raster, noise)
-        model = fitting.fit(pixels, weight, start, background, width, known)
-        sigma = fitting.deviations(model, weight, pixels, known)
+        data, weight = _data(region, mean, raster, noise)
+        model = fitting.fit(data, weight, start, background, width, known)
+        sigma = fitting.deviations(model, weight, data, known)
         good = _believable(model.columns, sigma, width, pixels.shape)
         value, background = model.columns[good], model.background
         if len(value) == 0:
             return _nothing()
         width = float(np.exp(np.median(value[:, 3])))
-        if not raster.complete:
-            pixels = np.where(measured, pixels, model.image)
         mean = model.image
-        residual = filters.negative_laplacian(pixels - model.image, width)
+        pixels, _ = _data(region, mean, raster, noise)
+        residual = filters.negative_laplacian(pixels - mean, width)
         excess = max(excess if not scale.periodic else 1.0, _spread(residual, variance, width))
     return _finished(region, raster, noise, value, background, width)
 
@@ -130,29 +128,31 @@ def _finished(
     region: Region, raster: Raster, noise: Noise, value: Floats, background: Floats, width: float
 ) -> _Found:
     """The last fit: with the columns that the lattice expects and that are there, weighted by the model's noise."""
-    pixels, measured = region.pixels, region.measured
-    model = fitting.Model(value, background, pixels.shape, width)
-    weight = _weight(noise.variance(model.image), measured, model.image, raster, noise)
+    model = fitting.Model(value, background, region.pixels.shape, width)
+    pixels, weight = _data(region, model.image, raster, noise)
     weight = _doubted(pixels - model.image, weight, width)
     sites = expected(value[:, :2], pixels.shape, width)
+    sites = sites.take(_present(region, sites.position.astype(np.int64), width))
     amplitude, sigma = _amplitudes(pixels - model.image, weight, sites.position, width)
-    share = min(0.99, max(0.5, 1 - len(amplitude) / len(value)))
-    there = presence(amplitude, sigma, value[:, 2], share) > 0.5 if len(amplitude) else np.zeros(0, bool)
+    share = np.where(sites.within, occupancy(amplitude[sites.within], sigma[sites.within], value[:, 2]), 0.5)
+    there = presence(amplitude, sigma, value[:, 2], share) > 0.5
     more = np.column_stack([sites.position, amplitude, np.full(len(amplitude), np.log(width))])[there]
     start = np.concatenate([value, more])
     known = fitting.prior(start, len(more), sites.spread)
     model = fitting.fit(pixels, weight, start, model.background, width, known)
     fitted, sigma = model.columns, fitting.deviations(model, weight, pixels, known)
+    share = np.concatenate([np.full(len(value), share.max(initial=0.5)), share[there]])
     chance = presence(fitted[:, 2], sigma[:, 2], fitted[: len(value), 2], share)
     guided = np.arange(len(start)) >= len(value)
-    core = 2 * np.exp(fitted[:, 3])
-    _, count, whole = gaussians.core_means(fitted, model.image, (weight > 0).astype(np.float32), core)
-    part = count / np.maximum(whole, 1)
+    _, count, whole = gaussians.core_means(
+        fitted, model.image, region.measured.astype(np.float32), 2 * np.exp(fitted[:, 3])
+    )
     least = np.where(guided, 0.0, _STILL_SIGNIFICANT)
-    good = _believable(fitted, sigma, width, pixels.shape, least) & (chance > 0.5) & (part > _LEAST_MEASURED)
-    lost = more[guided[len(value) :] & ~good[len(value) :], :2]
-    vacant = np.concatenate([sites.position[~there], lost])
-    return _Found(fitted, sigma, model.under(fitted[:, :2]), chance, part, vacant).take(good)
+    good = _believable(fitted, sigma, width, pixels.shape, least) & (chance > 0.5)
+    empty = ~there
+    empty[there] = ~good[len(value) :]
+    vacant = sites.position[empty & sites.within]
+    return _Found(fitted, sigma, model.under(fitted[:, :2]), chance, count / np.maximum(whole, 1), vacant).take(good)
 
 
 def _nothing() -> _Found:
@@ -208,17 +208,37 @@ def _columns(found: _Found, raster: Raster) -> Columns:
     )
 
 
-def _weight(variance: Image, measured: NDArray[np.bool_], mean: Image, raster: Raster, noise: Noise) -> Image:
-    """One over the variance; nothing where a pixel was not measured, or where ``mean`` is so bright that noise alone
-    decides whether it saturates (or else the dark ones of the pixels at the limit would be chosen)."""
-    weight = np.float32(1) / variance
+def _data(region: Region, mean: Image, raster: Raster, noise: Noise) -> tuple[Image, Image]:
+    """The region's levels and their weights, one over the variance at ``mean``.
+
+    What was not measured has the level ``mean`` and no weight. A detector that saturates at c shows, of a pixel that
+    would scatter by s around m, min(x, c): its mean f and variance v are known (the censored normal distribution), and
+    a step of m moves f by P = f'(m), the chance not to saturate. So the pixel counts as m + (x - f) / P, with the
+    weight P^2 / v, which fades out as m passes c; to leave out the saturated ones would choose the dark ones.
+    """
     if raster.complete:
-        return weight
-    weight[~measured] = 0
-    if np.isfinite(raster.ceiling):
-        top = noise.gain * raster.ceiling + noise.floor
-        weight[mean > raster.ceiling - 2.5 * np.sqrt(max(top, noise.least))] = 0
-    return weight
+        return region.pixels, np.float32(1) / noise.variance(mean)
+    variance = noise.variance(mean)
+    pixels, weight = np.where(region.measured, region.pixels, mean), region.measured / variance
+    bright = np.flatnonzero((mean > raster.ceiling - 4 * np.sqrt(variance)) & (region.measured | region.saturated))
+    m, s = mean.flat[bright].astype(np.float64), np.sqrt(variance.flat[bright].astype(np.float64))
+    t = (raster.ceiling - m) / s
+    chance, density = special.ndtr(t), np.exp(-0.5 * t**2) / np.sqrt(2 * np.pi)
+    shown = m * chance + raster.ceiling * (1 - chance) - s * density
+    spread = (m**2 + s**2) * chance - s * (m + raster.ceiling) * density + raster.ceiling**2 * (1 - chance) - shown**2
+    clear = chance > 0.02
+    slope = np.where(clear, chance, 1.0)
+    pixels.flat[bright] = np.where(clear, m + (region.pixels.flat[bright] - shown) / slope, m)
+    weight.flat[bright] = np.where(clear, slope**2 / np.maximum(spread, 1e-3 * s**2), 0.0)
+    return pixels.astype(np.float32), weight.astype(np.float32)
+
+
+def _present(region: Region, places: NDArray[np.int64], width: float) -> NDArray[np.bool_]:
+    """(n,) whether enough of a column at each of ``places`` is on pixels that are not missing."""
+    if region.measured.all():
+        return np.ones(len(places), bool)
+    there = (region.measured | region.saturated).astype(np.float32)
+    return filters.around(there, places, round(1.5 * width))[0] > _LEAST_MEASURED
 
 
 def _peaks(pixels: Image, soft: Image, noise: Noise, width: float) -> tuple[NDArray[np.int64], Floats]:

@@ -42,7 +42,8 @@ class Equations:
         relative ``accuracy``, with ``damping`` of the diagonal added to it."""
         own = self.own.copy()
         own[:, range(4), range(4)] *= 1 + damping
-        scale = np.sqrt(np.diagonal(own, axis1=1, axis2=2)) + 1e-150
+        scale = np.sqrt(np.diagonal(own, axis1=1, axis2=2))
+        scale = np.maximum(scale, 1e-6 * scale.max(axis=0) + 1e-30)
         both = scale[:, :, None] * scale[:, None, :]
         roughly = np.linalg.inv(own / both + 1e-9 * np.eye(4)) / both
         itself = self.mesh.itself * (1 + damping)
@@ -143,7 +144,10 @@ def _conjugate_gradients(
         if rz <= enough or rz == 0:
             break
         _times(own, first, second, pair, node, under, itself, right, below, across, p, mp, q, mq)
-        step = rz / ((p * q).sum() + (mp * mq).sum())
+        along = (p * q).sum() + (mp * mq).sum()
+        if along <= 0:
+            break
+        step = rz / along
         x += step * p
         mx += step * mp
         r -= step * q

@@ -28,11 +28,12 @@ _MEASURED_LEAST = 0.25
 
 class Region(NamedTuple):
     """A part of an image: ``pixels`` (float32, 0 to 1000, what was not measured filled in from around), which of them
-    were ``measured``, where its first pixel is (``offset``) and the rows and columns [px of the whole image] from
+    were ``measured`` and which ``saturated``, where its first pixel is (``offset``) and the rows and columns [px of the whole image] from
     ``begin`` up to ``end`` that are its own; what lies around belongs to other regions."""
 
     pixels: Image
     measured: NDArray[np.bool_]
+    saturated: NDArray[np.bool_]
     offset: NDArray[np.float64]
     begin: NDArray[np.float64]
     end: NDArray[np.float64]
@@ -61,9 +62,9 @@ class Raster:
         pixels = ((raw - self.low) * self.per).astype(np.float32)
         if self.complete:
             return pixels, np.ones(pixels.shape, bool)
-        measured = np.isfinite(pixels) & (pixels < self.ceiling)
-        missing = ~np.isfinite(pixels)
-        return (filters.filled(pixels, ~missing) if missing.any() else pixels), measured
+        finite = np.isfinite(pixels)
+        measured = finite & (pixels < self.ceiling)
+        return (pixels if finite.all() else filters.filled(pixels, finite)), measured
 
     def regions(self, around: float) -> Iterator[Region]:
         """The image in regions of about 1024 px a side, each with ``around`` [px] more of the image around it."""
@@ -75,7 +76,9 @@ class Raster:
             end = np.array([cuts[0][i + 1], cuts[1][j + 1]])
             first, last = np.maximum(begin - more, 0), np.minimum(end + more, self.shape)
             part = slice(first[0], last[0]), slice(first[1], last[1])
-            yield Region(*self.levels(part), first.astype(float), begin.astype(float), end.astype(float))
+            pixels, measured = self.levels(part)
+            saturated = pixels >= self.ceiling
+            yield Region(pixels, measured, saturated, first.astype(float), begin.astype(float), end.astype(float))
 
     def sample(self, side: int, most: int) -> Iterator[tuple[Image, NDArray[np.bool_]]]:
         """Levels and what was measured of at most ``most`` blocks of ``side`` pixels, spread over the image."""

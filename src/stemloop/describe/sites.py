@@ -17,16 +17,24 @@ _REACH = 0.2
 #: How many columns must expect a site, and which share of those that could.
 _FEWEST_VOTES, _VOTES = 3, 0.4
 _NEIGHBOURS = 24
+#: Longest vector, in distances of nearest neighbours.
+_LONGEST = 2.3
+#: Of the columns that could expect a site inside a crystal at least this share is there.
+_SURROUNDED = 0.65
 #: Most columns of a neighbourhood, and how many of them are asked for its lattice's vectors.
 _GROUP, _ASKED = 400, 100
 
 
 class Sites(NamedTuple):
-    """``position`` (n, 2) [px] of sites and ``spread`` [px], the 1-sigma deviation of one coordinate of a column from
-    where its neighbours expect it."""
+    """``position`` (n, 2) [px] of sites, ``within`` (n,) whether columns are all around each or it is at the crystal's
+    rim, and ``spread`` [px], the 1-sigma deviation of one coordinate of a column from where its neighbours expect it."""
 
     position: Floats
+    within: NDArray[np.bool_]
     spread: float
+
+    def take(self, kept: NDArray[np.bool_]) -> Sites:
+        return Sites(self.position[kept], self.within[kept], self.spread)
 
 
 def expected(position: Floats, shape: tuple[int, ...], margin: float) -> Sites:
@@ -39,17 +47,17 @@ def expected(position: Floats, shape: tuple[int, ...], margin: float) -> Sites:
 
     ``shape`` is the image's; sites nearer than ``margin`` [px] to its border are left out.
     """
-    none = Sites(np.zeros((0, 2)), 0.0)
+    none = Sites(np.zeros((0, 2)), np.zeros(0, bool), 0.0)
     if len(position) < 12:
         return none
     tree = cKDTree(position)
     near = np.asarray(tree.query(position, min(_NEIGHBOURS + 1, len(position)))[0])
     spacing = float(np.median(near[:, 1]))
     reach = _REACH * spacing
-    whole = ((position > 2.3 * spacing) & (position < np.array(shape) - 1 - 2.3 * spacing)).all(axis=1)
+    whole = ((position > _LONGEST * spacing) & (position < np.array(shape) - 1 - _LONGEST * spacing)).all(axis=1)
     ballots, weights = [np.zeros((0, 2))], [np.zeros(0)]
     for members in _neighbourhoods(position):
-        vectors = _shared_vectors(position, members[whole[members]], tree, 2.3 * spacing, reach)
+        vectors = _shared_vectors(position, members[whole[members]], tree, _LONGEST * spacing, reach)
         if len(vectors) >= 4:
             ballots.append((position[members, None] + vectors).reshape(-1, 2))
             weights.append(np.full(len(ballots[-1]), 1 / max(_FEWEST_VOTES, _VOTES * len(vectors))))
@@ -60,7 +68,18 @@ def expected(position: Floats, shape: tuple[int, ...], margin: float) -> Sites:
         return none
     distance, nearest = (np.asarray(v) for v in tree.query(votes))
     open_ = distance > 0.5 * spacing
-    return Sites(_elected(votes[open_], reach, weight[open_]), _spread(position, votes, distance, nearest, reach))
+    sites = _elected(votes[open_], reach, weight[open_])
+    share = _seen(sites, shape, _LONGEST * spacing)
+    full = np.asarray(cKDTree(votes).query_ball_point(sites, reach, return_length=True)) if len(sites) else np.zeros(0)
+    most = float(np.median(1 / weight)) / _VOTES
+    return Sites(sites, full > _SURROUNDED * share * most, _spread(position, votes, distance, nearest, reach))
+
+
+def _seen(sites: Floats, shape: tuple[int, ...], radius: float) -> Floats:
+    """(n,) share of the ring of ``radius`` / 2 around each of ``sites`` that is on the image, and so could vote."""
+    turn = np.linspace(0, 2 * np.pi, 32, endpoint=False)
+    ring = sites[:, None] + 0.5 * radius * np.stack([np.sin(turn), np.cos(turn)], -1)
+    return np.asarray(((ring >= 0) & (ring <= np.array(shape) - 1)).all(axis=2).mean(axis=1))
 
 
 def _neighbourhoods(position: Floats) -> list[NDArray[np.int64]]:
@@ -123,7 +142,18 @@ def _spread(position: Floats, votes: Floats, distance: Floats, nearest: NDArray[
     return max(0.05 * reach, 1.4826 * float(np.median(np.abs(mean)))) if len(mean) else reach
 
 
-def presence(amplitude: Floats, sigma: Floats, known: Floats, share: float) -> Floats:
+def occupancy(amplitude: Floats, sigma: Floats, known: Floats) -> float:
+    """Share of a lattice's places that hold a column: of the columns ``known`` (m,) by amplitude, which stood out, and
+    of the sites (n,) between them with the ``amplitude`` and deviation ``sigma`` measured there, by expectation
+    maximisation; at most 0.99."""
+    share = 0.95
+    for _ in range(10):
+        there = float(presence(amplitude, sigma, known, np.full(len(amplitude), share)).sum())
+        share = min(0.99, max(0.5, (len(known) + there) / (len(known) + len(amplitude))))
+    return share
+
+
+def presence(amplitude: Floats, sigma: Floats, known: Floats, share: Floats) -> Floats:
     """Probability that a column is at a site, by Bayes' rule from the amplitude that was measured there.
 
     A column has one of the amplitudes ``known`` (m,) of other columns, give or take a tenth; an empty site has none.
@@ -132,7 +162,7 @@ def presence(amplitude: Floats, sigma: Floats, known: Floats, share: float) -> F
     ----------
     amplitude, sigma : (n,) what was measured at the sites, and its 1-sigma deviation.
     known : (m,) amplitudes of columns.
-    share : prior probability of a column at a site, between 0 and 1.
+    share : (n,) prior probability of a column at each site, between 0 and 1.
     """
     levels = np.quantile(known, (np.arange(32) + 0.5) / 32)
     variance = sigma[:, None] ** 2 + (0.1 * levels) ** 2
