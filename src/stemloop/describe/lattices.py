@@ -35,6 +35,8 @@ _FITS = 0.5
 #: A place that fewer of its cells hold than this is not called vacant where it is empty.
 _OCCUPIED = 0.6
 _FREEDOM = 4.0
+#: A place that fewer of the cells hold is none of the lattice's.
+_SPARSE = 0.1
 
 
 class _Field(NamedTuple):
@@ -228,7 +230,8 @@ def _enriched(field: _Field, grown: _Grown) -> _Grown:
         if np.hypot(*wrapped(grown.seed.basis - place, grown.seed.vectors).T).min() < 0.5 * grown.seed.nearest:
             break
         again = _grown(field, grown.seed._replace(basis=basis))
-        if (again.site >= 0).sum() < len(mine) + _FEWEST_COLUMNS:
+        most = np.bincount(again.site[again.site >= 0]).max()
+        if (again.site == len(basis) - 1).sum() < max(_FEWEST_COLUMNS, _SPARSE * most):
             break
         grown = again
     return grown
