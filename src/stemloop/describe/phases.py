@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 _MOST = 6
-_SAMPLE = 3000
+_SAMPLE = 2000
 #: A phase has at least this many columns.
 _FEWEST = 12
 #: Neighbours share columns, so what they say is not independent: a new phase must pay this times the usual price.
@@ -142,7 +142,8 @@ def _sorted(columns: Columns, assignment: Assignment, seen: Surroundings, grains
     distance, beside = cKDTree(columns.position[own]).query(columns.position[own], min(9, len(own)))
     distance, beside = np.reshape(distance, (len(own), -1))[:, 1:], np.reshape(beside, (len(own), -1))[:, 1:]
     beside = np.where(distance < 1.25 * length, beside, -1)
-    mixture = _chosen(points, columns.position[own], beside, assignment.site[own], length)
+    # each column alone cannot say whether both sites agree; for the fit its neighbours lend it their brightness
+    mixture = _chosen(_lent(points, beside), points, columns.position[own], beside, length)
     member = smoothed(log_densities(points, mixture)[:, :-1], beside, _COUPLING)
     return _Part(own, member, _families(mixture))
 
@@ -169,20 +170,31 @@ def _points(
     return Points(value, sigma, smooth_functions(columns.position[own]))
 
 
-def _chosen(points: Points, position: Floats, beside: Integers, site: Integers, length: float) -> Mixture:
+def _lent(points: Points, beside: Integers) -> Points:
+    """``points`` with what is not known of each taken from the mean of its neighbours (n, m; -1 where none)."""
+    there = (beside >= 0)[:, :, None] & np.isfinite(points.value)[beside]
+    many = there.sum(axis=1)
+    safe = np.maximum(many, 1)
+    mean = np.where(there, points.value[beside], 0.0).sum(axis=1) / safe
+    left = np.sqrt(np.where(there, points.sigma[beside] ** 2, 0.0).sum(axis=1)) / safe
+    wanted = ~np.isfinite(points.value) & (many > 0)
+    return points._replace(value=np.where(wanted, mean, points.value), sigma=np.where(wanted, left, points.sigma))
+
+
+def _chosen(lent: Points, points: Points, position: Floats, beside: Integers, length: float) -> Mixture:
     """The mixture with the best number of phases: each is tried by splitting one phase of the best mixture so far."""
     every = max(1, -(-len(position) // _SAMPLE))
-    sample = points.take(slice(None, None, every))
+    sample = lent.take(slice(None, None, every))
     dimensions = int(np.isfinite(points.value).any(axis=0).sum())
     best = fitted(sample, np.ones((len(sample.value), 1)))
     while len(best.share) < _MOST and len(position) >= 2 * _FEWEST:
-        tries = [fitted(sample, start, 12) for start in _splits(sample, best)]
+        tries = [fitted(sample, start, 3) for start in _splits(sample, best)]
         if not tries:
             break
-        trial = min(tries, key=lambda m: m.price)
-        trial = fitted(sample, _members(sample, trial))
+        tries = sorted(tries, key=lambda m: m.price)[:3]
+        trial = min((fitted(sample, _members(sample, m)) for m in tries), key=lambda m: m.price)
         dear = _DEAR * (dimensions + 1) * np.log(len(sample.value))
-        if trial.price > best.price - dear or not _sound(points, trial, position, beside, site, length):
+        if trial.price > best.price - dear or not _sound(points, trial, position, beside, length):
             break
         best = trial
     return best
@@ -224,9 +236,7 @@ def _cut(x: Floats) -> float:
     return float((x[best] + x[best + 1]) / 2)
 
 
-def _sound(
-    points: Points, mixture: Mixture, position: Floats, beside: Integers, site: Integers, length: float
-) -> bool:
+def _sound(points: Points, mixture: Mixture, position: Floats, beside: Integers, length: float) -> bool:
     """Whether all phases are large enough, apart, together in space, and meet in steps."""
     k = len(mixture.share)
     member = smoothed(log_densities(points, mixture)[:, :-1], beside, _COUPLING)

@@ -22,7 +22,8 @@ from stemloop.describe.walls import walls_of
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-_DRAWS = 100
+#: Repetitions with new noise: so many cells in all, within these bounds.
+_DRAWN, _FEWEST_DRAWS, _MOST_DRAWS = 600_000, 50, 400
 
 
 @dataclass(frozen=True)
@@ -327,29 +328,34 @@ def _vortices_of(polar: Polar, grid: _Grid, lattice: Floats, smoothing: float | 
     mean, left = winding.smooth(vector, sigma, width)
     # the grid's first axis runs along a1, so its loops turn as angles do where a2 lies from a1 towards +y
     hand = 1 if np.linalg.det(lattice) < 0 else -1
-    for k, charge in enumerate(winding.charges(mean, left)):
-        p = winding.held(vector, sigma, width, mean, charge, _DRAWS, k)
-        yield _vortex(charge, hand, p, polar, grid, mean, left)
+    found = winding.charges(mean, left)
+    draws = int(np.clip(_DRAWN // grid.table.size, _FEWEST_DRAWS, _MOST_DRAWS))
+    sure = winding.held(sigma, width, mean, found, draws, np.random.default_rng(0)) if found else ()
+    for charge, p in zip(found, sure, strict=True):
+        yield _vortex(charge, hand, float(p), polar, grid)
 
 
 def _vortex(
-    charge: winding.Charge, hand: int, p: float, polar: Polar, grid: _Grid, mean: Floats, left: Floats
+    charge: winding.Charge, hand: int, p: float, polar: Polar, grid: _Grid
 ) -> Defect:
     (i, j), s = charge.corner, charge.size
-    block = (slice(i, i + s + 1), slice(j, j + s + 1))
-    number = grid.table[block].ravel()
-    inside = number >= 0
-    place, v = polar.place[number[inside]], mean[block].reshape(-1, 2)[inside]
-    deviation = left[block].reshape(-1, 2)[inside]
-    kept = np.isfinite(v).all(axis=1)
-    place, v, deviation = place[kept], v[kept], deviation[kept]
-    core, sigma = _core(place, v, deviation)
+    number = grid.table[max(i - 3, 0) : i + s + 4, max(j - 3, 0) : j + s + 4].ravel()
+    number = number[number >= 0]
+    rim = grid.table[i : i + s + 1, j : j + s + 1]
+    rim = polar.place[rim[rim >= 0]]
+    reach = (s / 2 + 1.2) * float(np.sqrt(abs(np.linalg.det(polar.vectors[polar.grain[number[0]]]))))
+    core, sigma = rim.mean(axis=0), np.nan
+    for _ in range(4):  # amid the cells that are asked, so that a field that saturates does not pull
+        near = number[np.hypot(*(polar.place[number] - core).T) < reach]
+        core, sigma = _core(polar.place[near], polar.vector[near], polar.sigma[near])
+        core = np.clip(core, rim.min(axis=0), rim.max(axis=0))
+    place, v = polar.place[near], polar.vector[near]
     away = place - core
     swirl = np.exp(1j * (np.arctan2(v[:, 0], v[:, 1]) - np.arctan2(away[:, 0], away[:, 1]))).sum()
-    number_of_turns = hand * charge.winding
-    character, sense = _named(number_of_turns, complex(swirl))
+    turns = hand * charge.winding
+    character, sense = _named(turns, complex(swirl))
     detail: dict[str, Any] = {
-        "winding": number_of_turns,
+        "winding": turns,
         "character": character,
         "sense": sense,
         "margin_sigma": charge.margin,
@@ -360,17 +366,15 @@ def _vortex(
 
 
 def _core(place: Floats, vector: Floats, sigma: Floats) -> tuple[Floats, float]:
-    """Where an affine field through ``vector`` at ``place`` vanishes, kept among the places, and its deviation."""
+    """Where an affine field through ``vector`` at ``place`` vanishes, and the deviation of its coordinates."""
     middle = place.mean(axis=0)
     design = np.column_stack([np.ones(len(place)), place - middle])
     solved, *_ = np.linalg.lstsq(design, vector, rcond=None)
-    slope = solved[1:]
-    strong = float(np.sqrt(np.abs(np.linalg.det(slope))))
+    strong = float(np.sqrt(np.abs(np.linalg.det(solved[1:]))))
     if strong < 1e-12:
         return middle, float(np.hypot(*np.ptp(place, axis=0))) / 4
-    core = middle - np.linalg.solve(slope.T, solved[0])
     spread = float(np.sqrt((sigma**2).mean() / len(place))) / strong
-    return np.clip(core, place.min(axis=0), place.max(axis=0)), spread
+    return middle - np.linalg.solve(solved[1:].T, solved[0]), spread
 
 
 def _named(turns: int, swirl: complex) -> tuple[str, str]:

@@ -144,19 +144,37 @@ def _across(charge: Charge, i: int, j: int, size: int) -> bool:
     return a < i + size and i < a + s and b < j + size and j < b + s
 
 
-def held(vector: Floats, sigma: Floats, width: float, smoothed: Floats, charge: Charge, draws: int, seed: int) -> float:
-    """Share of ``draws`` repetitions, each with new noise on the vectors before smoothing, that keep the winding
-    along the rim of ``charge`` (with one success and one failure added, so never 0 or 1)."""
-    rng = np.random.default_rng(seed)
-    i, j, s, room = *charge.corner, charge.size, int(np.ceil(3 * width))
-    part = (slice(max(i - room, 0), i + s + 1 + room), slice(max(j - room, 0), j + s + 1 + room))
-    known, noise = np.isfinite(vector[part]), sigma[part]
-    inner = (slice(i - part[0].start, i - part[0].start + s + 1), slice(j - part[1].start, j - part[1].start + s + 1))
-    truth = smoothed[i : i + s + 1, j : j + s + 1]
-    before = int(_Edges(truth, np.ones_like(truth)).rings(s)[0][0, 0])
-    kept = 1
+def held(
+    sigma: Floats, width: float, smoothed: Floats, found: list[Charge], draws: int, rng: np.random.Generator
+) -> Floats:
+    """(charges,) share of ``draws`` repetitions that keep the winding along the rim of each of ``found`` when noise of
+    ``sigma`` (n, m, 2) is smoothed as the vectors were and added to them (one success and one failure more are
+    counted, so it is never 0 or 1)."""
+    rims = [_rim(charge, smoothed.shape[1]) for charge in found]
+    before = _turns(smoothed, rims)
+    kept = np.ones(len(found))
     for _ in range(draws):
-        drawn = np.where(known, rng.standard_normal(noise.shape) * np.where(known, noise, 1.0), np.nan)
-        again = truth + smooth(drawn, noise, width)[0][inner]
-        kept += int(_Edges(again, np.ones_like(again)).rings(s)[0][0, 0]) == before
-    return kept / (draws + 2)
+        noise = smooth(sigma * rng.standard_normal(sigma.shape), sigma, width)[0]
+        kept += _turns(smoothed + noise, rims) == before
+    return np.asarray(kept / (draws + 2))
+
+
+def _rim(charge: Charge, columns: int) -> Integers:
+    """Flat indices of the grid points around a charge, in order, from the first axis towards the second."""
+    (i, j), s = charge.corner, charge.size
+    way = np.arange(s)
+    rows = np.concatenate([i + way, np.full(s, i + s), i + s - way, np.full(s, i)])
+    across = np.concatenate([np.full(s, j), j + way, np.full(s, j + s), j + s - way])
+    return rows * columns + across
+
+
+def _turns(vector: Floats, rims: list[Integers]) -> Integers:
+    """Winding numbers along ``rims``."""
+    angle = np.arctan2(vector[..., 0], vector[..., 1]).ravel()
+    if not rims:
+        return np.zeros(0, dtype=np.int64)
+    ends = np.cumsum([len(r) for r in rims])
+    flat = angle[np.concatenate(rims)]
+    after = np.concatenate([np.roll(r, -1) for r in rims])
+    total = np.add.reduceat(smallest(angle[after] - flat), np.concatenate([[0], ends[:-1]]))
+    return np.rint(np.nan_to_num(total) / (2 * np.pi)).astype(np.int64)
