@@ -150,6 +150,8 @@ def register(
         seen = list(views)
         if len(seen) != n or any(v.image.shape != seen[0].image.shape for v in seen):
             raise InputError(f"{n} frames need as many views of one shape; got {len(seen)}.")
+        for k in range(n if len(seen) == n else 0):
+            mean.add(np.asarray(frames[k]), seen[k])
     reasons = _unlike([view.reason for view in seen], np.stack([view.image for view in seen]))
     good = np.flatnonzero([not reason for reason in reasons])
     if len(good) == 0:
@@ -806,6 +808,8 @@ def _named(
         if not reason[k]:
             shift[k], sigma[k], p[k] = fit.place * stack.scale, fit.sigma * stack.scale, likely
     outlier = np.array([bool(text) for text in reason])
+    kept = [fit.place for k, fit in zip(good, fits, strict=True) if not outlier[k]]
+    pattern = _pattern(mean.total / max(mean.count, 1), mean.count, stack, canvas, kept)
     if not outlier.all():
         shift -= np.median(shift[~outlier], axis=0)
     reference = Reference(
@@ -820,7 +824,28 @@ def _named(
         stack.noise,
         stack.odd_signal,
     )
-    return Registration(shape, shift, sigma, p, outlier, tuple(reason), None, reference)
+    return Registration(shape, shift, sigma, p, outlier, tuple(reason), pattern, reference)
+
+
+def _pattern(mean: Floats, count: int, stack: _Stack, canvas: _Canvas, places: list[Floats]) -> Floats | None:
+    """What stands still: the cosine waves of the ``mean`` frame, beyond its noise, that the specimen at ``places`` does
+    not explain. None if there are none, or if the specimen hardly moves."""
+    if count < 4 or len(places) < 4 or np.ptp(np.array(places), axis=0).max() < 1:
+        return None
+    image, _ = canvas.mean(stack.noise)
+    rows, columns = stack.shape
+    expected = np.mean([canvas.window(image, place, stack.shape) for place in places], axis=0, dtype=np.float64)
+    wave = fft.dctn(mean, norm="ortho")
+    told = np.zeros_like(wave)
+    told[:rows, :columns] = fft.dctn(expected, norm="ortho") * np.sqrt(stack.scale.prod())
+    rest = wave - told
+    slow = np.hypot(*np.meshgrid(np.arange(mean.shape[0]) / 12, np.arange(mean.shape[1]) / 12, indexing="ij")) < 2
+    spread = float(np.median(np.abs(rest[~slow]))) / 0.6745
+    clear = (np.abs(rest) > 6 * spread) & (np.abs(rest) > 2 * np.abs(told)) & ~slow
+    if not clear.any():
+        return None
+    near = ndimage.binary_dilation(clear, np.ones((3, 3), bool)) & (np.abs(rest) > 2 * spread) & ~slow
+    return np.asarray(fft.idctn(rest * near, norm="ortho"))
 
 
 # ------------------------------------------------------------------------------------------------------- averaging
