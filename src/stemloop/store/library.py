@@ -140,7 +140,7 @@ class Library:
     1.0
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, dimension: int = 64, scale: str = "spacing") -> None:
+    def __init__(self, path: str | os.PathLike[str], *, dimension: int = 48, scale: str = "spacing") -> None:
         self.path = Path(path)
         if not self.path.parent.is_dir():
             raise StorageError(f"there is no folder {self.path.parent} for the library {self.path.name}.")
