@@ -52,7 +52,7 @@ def scene(rng: np.random.Generator) -> tuple[Floats, float]:
     radius = (fingerprints.REACH + 1.5) * unit
     columns = _whole(plane, radius, int(rng.integers(len(plane.basis))))
     away = np.hypot(columns[:, 0], columns[:, 1])
-    kind = rng.choice(["perfect", "middle", "split", "others", "moved", "halves", "dislocation"])
+    kind = rng.choice(["perfect", "middle", "middle", "split", "others", "moved", "halves", "dislocation"])
     middle = int(np.argmin(away))
     if kind == "middle":
         columns[middle, 2] *= rng.choice([0.0, rng.uniform(0.3, 2.5)])
@@ -125,7 +125,7 @@ def learn(scenes: int = 1500, views: int = 8, seed: int = 0) -> fingerprints.Whi
     mean = raw.mean(axis=1)
     off = (raw - mean[:, None]).reshape(-1, raw.shape[2])
     within = off.T @ off / (scenes * (views - 1))
-    within += 0.02 * np.diag(np.diag(within)) + 1e-4 * np.trace(within) / len(within) * np.eye(len(within))
+    within += 0.05 * np.diag(np.diag(within)) + 1e-3 * np.trace(within) / len(within) * np.eye(len(within))
     between = np.cov(mean.T) - within / views
     _, vectors = linalg.eigh(between, within)
     matrix = vectors[:, : -fingerprints.DIMENSION - 1 : -1]

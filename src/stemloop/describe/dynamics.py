@@ -184,13 +184,13 @@ def _shifts(frames: Sequence[Columns], reach: float) -> Floats:
 
 def _offset(before: Floats, after: Floats, reach: float) -> Floats:
     """The shift of ``after`` against ``before`` that most columns agree on; of several alike the shortest."""
-    bin_px = reach / 3
+    bin_px = reach / 4
     low = np.minimum(before.min(axis=0), after.min(axis=0))
     size = np.ceil((np.maximum(before.max(axis=0), after.max(axis=0)) - low) / bin_px).astype(int) + 1
     edges = [np.arange(n + 1) * bin_px + x for n, x in zip(size, low - 0.5 * bin_px, strict=True)]
     a, b = (np.histogram2d(*p.T, bins=edges)[0] for p in (before, after))
     votes = gaussian_filter(fftconvolve(b, a[::-1, ::-1]), 1.0, mode="constant")
-    tops = np.argwhere((votes == maximum_filter(votes, 5)) & (votes > 0.85 * votes.max()))
+    tops = np.argwhere((votes == maximum_filter(votes, 5)) & (votes > 0.7 * votes.max()))
     lags = (tops - (np.array(a.shape) - 1)) * bin_px
     offset = np.asarray(lags[np.hypot(*lags.T).argmin()], dtype=np.float64)
     tree = cKDTree(before)

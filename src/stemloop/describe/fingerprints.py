@@ -54,7 +54,7 @@ class Whitening(NamedTuple):
 
 
 #: Numbers of a fingerprint.
-DIMENSION = 64
+DIMENSION = 48
 
 
 def fingerprints(
@@ -78,7 +78,7 @@ def fingerprints(
 
     Returns
     -------
-    (n, 64) float32 in deviations at about 1e4 e/A^2; rows are NaN where the disc leaves the image.
+    (n, 48) float32 in deviations at about 1e4 e/A^2; rows are NaN where the disc leaves the image.
 
     Raises
     ------
@@ -88,7 +88,7 @@ def fingerprints(
 
 
 def whitened(raw: Floats) -> NDArray[np.float32]:
-    """Fingerprints (n, 64) of :func:`invariants` (n, d)."""
+    """Fingerprints (n, 48) of :func:`invariants` (n, d)."""
     rule = _whitening()
     return ((raw - rule.middle) @ rule.matrix).astype(np.float32)
 

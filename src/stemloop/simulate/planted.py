@@ -30,6 +30,10 @@ KINDS = (
 )
 
 
+#: Arrangements that are tried before the field is called too small.
+_TRIES = 20
+
+
 class Planted(NamedTuple):
     """``layout`` with one of each kind; ``place`` (row, col) [px] of each."""
 
@@ -75,38 +79,34 @@ def planted(
     if unknown:
         raise InputError(f"{unknown[0]!r} cannot be planted in {plane.name}; known: {', '.join(KINDS)}.")
     unit = np.sqrt(abs(np.linalg.det(plane.vectors_pm)) / len(plane.basis)) / pixel_pm
-    perfect = layout(plane, shape, pixel_pm, rotation_rad)
     c, s = np.cos(rotation_rad), np.sin(rotation_rad)
     vectors = plane.vectors_pm / pixel_pm @ np.array([[c, -s], [s, c]])  # rows (row, col), turned from +x to +y
-    whole = perfect
-    places: dict[str, Floats] = {}
-    for kind in sorted(kinds, key=lambda k: k != "dislocation"):
-        at = _free(whole, _site(kind), places, apart * unit, margin * unit, rng)
-        if kind == "dislocation":
-            places[kind] = whole.position[at] + 0.25 * vectors[0] + 0.25 * vectors[1]
-            warp = edge_dislocation(places[kind], vectors[0])
-            whole = layout(plane, shape, pixel_pm, rotation_rad, warp)
-        else:
+    for _ in range(_TRIES):
+        whole, places = layout(plane, shape, pixel_pm, rotation_rad), dict[str, Floats]()
+        for kind in sorted(kinds, key=lambda k: k != "dislocation"):
+            free = _free(whole, int(kind.endswith("-1")), places, apart * unit, margin * unit)
+            if len(free) == 0:
+                break
+            at = int(rng.choice(free))
             places[kind] = whole.position[at].copy()
-            whole, places[kind] = _changed(whole, at, kind, vectors, unit)
-    return Planted(whole, places)
+            if kind == "dislocation":
+                places[kind] += 0.25 * vectors[0] + 0.25 * vectors[1]
+                warp = edge_dislocation(places[kind], vectors[0])
+                whole = layout(plane, shape, pixel_pm, rotation_rad, warp)
+            else:
+                whole, places[kind] = _changed(whole, at, kind, vectors, unit)
+        else:
+            return Planted(whole, places)
+    raise InputError(f"a field of {shape} px has no room for {len(kinds)} defects {apart} spacings apart; enlarge it.")
 
 
-def _site(kind: str) -> int:
-    return 1 if kind.endswith("-1") else 0
-
-
-def _free(
-    whole: Layout, site: int, taken: dict[str, Floats], apart: float, margin: float, rng: np.random.Generator
-) -> int:
+def _free(whole: Layout, site: int, taken: dict[str, Floats], apart: float, margin: float) -> NDArray[np.int64]:
+    """Columns of ``site`` that are far from the border and from all that is planted already."""
     room = (whole.position > margin).all(axis=1) & (whole.position < np.array(whole.shape) - 1 - margin).all(axis=1)
     room &= whole.site == site
     for kind, place in taken.items():
-        far = 1.5 * apart if kind == "dislocation" else apart
-        room &= np.hypot(*(whole.position - place).T) > far
-    if not room.any():
-        raise InputError(f"a field of {whole.shape} px has no room for so many defects; make it larger.")
-    return int(rng.choice(np.flatnonzero(room)))
+        room &= np.hypot(*(whole.position - place).T) > (1.5 * apart if kind == "dislocation" else apart)
+    return np.flatnonzero(room)
 
 
 def _changed(whole: Layout, at: int, kind: str, vectors: Floats, unit: float) -> tuple[Layout, Floats]:
@@ -128,7 +128,7 @@ def _changed(whole: Layout, at: int, kind: str, vectors: Floats, unit: float) ->
     if kind == "interstitial":
         more = whole.take(np.append(everything, at))
         position = more.position.copy()
-        position[-1] = place + 0.5 * vectors[0] if len(vectors) else place
+        position[-1] = place + 0.5 * vectors[0]
         return replace(more, position=position), position[-1].copy()
     antisite = float(np.median(whole.weight[whole.site == 0]))
     weight[at] = {"half-0": 0.5 * weight[at], "antisite-1": antisite}.get(kind, 1.75 * weight[at])

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from stemloop.core.durable import sync_folder
 from stemloop.core.errors import InputError, IntegrityError, StorageError, StemloopError, UnreadableFile
@@ -140,7 +140,7 @@ class Library:
     1.0
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, dimension: int = 64, scale: str = "spacing") -> None:
+    def __init__(self, path: str | os.PathLike[str], *, dimension: int = 48, scale: str = "spacing") -> None:
         self.path = Path(path)
         if not self.path.parent.is_dir():
             raise StorageError(f"there is no folder {self.path.parent} for the library {self.path.name}.")
@@ -474,7 +474,7 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 def same(distance: float, scatter: float, other_scatter: float, dimension: int) -> float:
     """Share of pairs of equal surroundings that lie at least ``distance`` apart, where both deviate by their image's
     scatter."""
-    return float(stats.chi2.sf(distance**2 / (scatter**2 + other_scatter**2), dimension))
+    return float(special.gammaincc(dimension / 2, distance**2 / (scatter**2 + other_scatter**2) / 2))
 
 
 def _match(entry: Entry, distance: float, scatter: float, dimension: int) -> Match:

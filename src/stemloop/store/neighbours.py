@@ -29,9 +29,11 @@ _MAGIC = b"SLNEAR01"
 _HEAD = struct.Struct("<8sII")
 _LONGEST_HEAD = 1 << 16
 #: A vector is compared with this many centres' cells, if not told otherwise.
-PROBES = 48
+PROBES = 96
 #: k-means sees at most so many vectors a cell, and goes on for so many steps.
 _SEEN, _STEPS = 40, 8
+#: So few vectors are all looked at.
+_FEW = 4000
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Index:
 def build(entry: NDArray[np.int64], source: NDArray[np.int32], vectors: NDArray[np.float32], seed: int = 0) -> Index:
     """An index of ``vectors`` (n, d)."""
     n = len(vectors)
-    centre = _centres(vectors, max(1, min(2048, round(2 * np.sqrt(n)))), np.random.default_rng(seed))
+    count = min(2048, round(2 * np.sqrt(n))) if n >= _FEW else 1
+    centre = _centres(vectors, count, np.random.default_rng(seed)) if n else np.zeros((1, vectors.shape[1]), np.float32)
     return _ordered(entry, source, vectors, _cells(vectors, centre), centre, n)
 
 
