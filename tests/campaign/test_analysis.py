@@ -32,19 +32,20 @@ def one_thread(monkeypatch):
         monkeypatch.setenv(name, "1")
 
 
-def crystal(seed=0, side=128, dose=1e4):
+def crystal(seed=0, side=112, dose=5e4):
     rng = np.random.default_rng(seed)
     layout = pictures.layout("SrTiO3[001]", (side, side), PIXEL_PM, 0.1)
     return layout, pictures.counted(pictures.mean_image(layout, dose), rng)
 
 
-def stack(count=8, side=112, bad=(3,), seed=0):
+def stack(count=6, side=96, bad=(3,), seed=0):
     """Frames of a drifting crystal, with a jump half-way and blank frames; and the shifts."""
     rng = np.random.default_rng(seed)
     layout = pictures.layout("SrTiO3[001]", (side, side), PIXEL_PM, 0.1, margin=-20)
-    layout = pictures.without(layout, 0.05, 1, rng)
+    corner = (layout.position < 0.8 * side).all(axis=1)  # a corner of it tells a shift from a lattice vector
+    layout = pictures.without(layout.take(corner), 0.05, 1, rng)
     shift = np.cumsum(rng.normal(0, 0.5, (count, 2)), axis=0)
-    shift[count // 2 :] += (2.0, -3.0)
+    shift[count // 2 :] += (1.5, -2.0)
     made = np.array([pictures.counted(pictures.mean_image(layout, 1e4, shift=tuple(s)), rng) for s in shift])
     made[list(bad)] = 0
     return made, shift
@@ -72,7 +73,7 @@ def test_the_columns_of_a_known_crystal_are_found_and_assigned(analysed):
     _, layout, found = analysed
     table = found.columns
     place = np.column_stack([table["row"], table["col"]])
-    inner = layout.take(((layout.position > 6) & (layout.position < 121)).all(axis=1))
+    inner = layout.take(((layout.position > 6) & (layout.position < 105)).all(axis=1))
     away, which = cKDTree(place).query(inner.position)
     assert away.max() < 0.5 and len(place) <= len(layout.position)
     assert np.mean(table["site"][which] == inner.site) > 0.99
@@ -129,7 +130,7 @@ def test_other_programs_can_load_the_atoms(analysed):
 def test_a_notebook_shows_it_in_five_lines():
     _, image = crystal()
     a = stemloop.analyze(image, pixel_size_nm=PIXEL_PM / 1e3)
-    assert len(a.columns) > 80
+    assert len(a.columns) > 50
     assert "data:image/png" in a._repr_html_() and "srcdoc" in a.report()._repr_html_()
     folder = a.folder
     del a
@@ -171,9 +172,9 @@ def test_a_stack_is_registered_averaged_and_its_bad_frames_are_named(moving):
     error = found.registration.shift[good] - shift[good]
     assert np.abs(error - np.median(error, axis=0)).max() < 0.1
     first = found.frame(0)
-    assert np.median(found.found.columns.sigma) < 0.6 * np.median(first.columns.sigma)  # 7 frames: 1 / sqrt(7) = 0.38
+    assert np.median(found.found.columns.sigma) < 0.65 * np.median(first.columns.sigma)  # 5 frames: 1 / sqrt(5) = 0.45
     summary = json.loads((folder / "out" / "summary.json").read_text())
-    assert list(summary["bad_frames"]) == ["3"] and summary["drift"]["frames_used"] == 7
+    assert list(summary["bad_frames"]) == ["3"] and summary["drift"]["frames_used"] == 5
     with open(folder / "out" / "columns.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert {int(row["frame"]) for row in rows} == set(good.tolist())
@@ -202,7 +203,7 @@ def test_a_killed_analysis_goes_on_and_ends_with_the_same_bytes(moving, tmp_path
     child.send_signal(signal.SIGKILL)
     child.wait()
     done = sorted(out.glob("frames/0*"))
-    assert 0 < len(done) < 8
+    assert 0 < len(done) < 6
     changed = [path.stat().st_mtime_ns for path in done]
     analyze(folder / "stack.npy", out, pixel_size_nm=PIXEL_PM / 1e3, frame_time_s=0.5, workers=1)
     assert [path.stat().st_mtime_ns for path in done] == changed
@@ -333,14 +334,14 @@ def test_half_of_it_vacuum(tmp_path, capsys):
 
 def test_two_grains_are_two_lattices(tmp_path, capsys):
     one = pictures.layout("Fe[001]", (192, 192), 12.5, 0.1)
-    two = pictures.layout("Fe[001]", (192, 192), 12.5, 0.1 + np.radians(36.9), grain=1)
+    two = pictures.layout("Fe[001]", (192, 192), 12.5, 0.1 + np.radians(30), grain=1)
     both = pictures.joined(one.take(one.position[:, 0] < 94), two.take(two.position[:, 0] > 98))
     image = pictures.counted(pictures.mean_image(both, 3e4), np.random.default_rng(0))
     status, _, _ = run(tmp_path, capsys, image, "--pixel-nm", "0.0125")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert status == 0 and len(summary["lattices"]) == 2
     turned = abs(summary["lattices"][0]["rotation_deg"] - summary["lattices"][1]["rotation_deg"]) % 90
-    assert min(turned, 90 - turned) == pytest.approx(36.9, abs=1)
+    assert min(turned, 90 - turned) == pytest.approx(30, abs=1)
 
 
 def test_a_saturated_crystal_is_analysed_and_says_so(tmp_path, capsys):

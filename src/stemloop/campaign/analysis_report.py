@@ -45,6 +45,8 @@ section table th { width:auto } thead th { border-bottom:2px solid var(--line); 
 .scroll { overflow-x:auto } .patches { display:flex; flex-wrap:wrap; gap:14px }
 .patches figure { width:112px; background:none; font-size:.78rem; color:var(--soft) }
 .patches img { border-radius:6px; image-rendering:auto; width:112px; height:112px }
+.scroll td { white-space:nowrap; padding-right:18px } .scroll td:last-child { white-space:normal }
+.scroll th { white-space:nowrap; padding-right:18px }
 ul.plain { margin:.2em 0; padding-left:1.2em; font-size:.92rem; color:var(--soft) }
 """
 
@@ -364,7 +366,7 @@ class _View:
         vector = assigned.displacement[keep]
         typical = float(np.median(np.hypot(*vector.T))) or 1e-3
         noise = float(np.median(np.hypot(*assigned.displacement_sigma[keep].T)))
-        figure, axes = self._figure(2)
+        figure, axes = self._figure(2, bars=True)
         self._show(axes[0], faint=True)
         thin = np.arange(0, len(keep), -(-len(keep) // _MOST_ARROWS))
         drawn = 0.5 * self.spacing / typical
@@ -426,16 +428,16 @@ class _View:
         label = found.label[known].astype(float)
         painted = self._painted(self.place[known], label)
         colours = ListedColormap([_COLOURS[k % len(_COLOURS)] for k in range(len(told))])
-        axis.imshow(painted, extent=self._extent(), cmap=colours, vmin=-0.5, vmax=len(told) - 0.5, alpha=0.55,
+        axis.imshow(painted, extent=self._extent(), cmap=colours, vmin=-0.5, vmax=len(told) - 0.5, alpha=0.38,
                     interpolation="nearest")  # fmt: skip
         self._scale_bar(axis)
         rows = [
             [_Raw(f'<span class="swatch" style="background:{_COLOURS[k % len(_COLOURS)]}"></span>{html.escape(one["name"])}'),
-             f"{100 * one['share']:.1f} %", _grouped(one["columns"])]
+             f"{100 * one['share']:.1f} %", _grouped(one["columns"]), one["description"]]
             for k, one in enumerate(told)
         ]  # fmt: skip
         words = "Columns whose surroundings look alike are one phase. It was not told what to look for."
-        return _section("Phases", words, _png(figure, "phases") + _table(["phase", "share", "columns"], rows))
+        return _section("Phases", words, _png(figure, "phases") + _table(["phase", "share", "columns", "what it is"], rows))
 
     def _extent(self) -> tuple[float, float, float, float]:
         return (-0.5, self.width - 0.5, self.height - 0.5, -0.5)
@@ -498,6 +500,11 @@ class _View:
             told += f"; the largest step between frames is {drift['largest_step_px']:.1f} px"
         if sigma is not None:
             told += f". A shift is known to {sigma:.2g} px"
+        if drift["doubtful_frames"]:
+            told += (
+                f". {drift['doubtful_frames']} frames may lie a lattice vector elsewhere (a chance above 10 %): the field "
+                "shows too little that does not repeat"
+            )
         return told + "."
 
     def _drift(self) -> str:
@@ -592,7 +599,7 @@ class _View:
         others = "".join(
             tile(
                 other["patch"],
-                f"{other['kind']} in {other['file']}, {other['times']} times; chance {100 * other['p_same']:.2g} %",
+                f"{other['kind']} in {other['file']}, {other['times']} times; chance {100 * other['p_same']:.0f} %",
             )
             for other in seen.others
         )
@@ -651,13 +658,15 @@ def _arrows(axis: Any, place: Floats, vector: Floats) -> None:
     colours = _directions(vector, np.ones(len(vector)))
     axis.quiver(
         place[:, 1], place[:, 0], vector[:, 1], vector[:, 0], color=colours, angles="xy", scale_units="xy", scale=1,
-        pivot="middle", width=0.0032, headwidth=4.2, headlength=4.5, edgecolor="black", linewidth=0.25,
+        pivot="middle", units="inches", width=0.017, headwidth=4.2, headlength=4.5, edgecolor="black", linewidth=0.25,
     )  # fmt: skip
 
 
 def _wheel(axis: Any) -> None:
     """The wheel of colours of directions, in a corner."""
-    inset = axis.inset_axes((0.02, 0.02, 0.15, 0.15 * _ratio(axis)))
+    ratio = _ratio(axis)
+    side = 0.17 if ratio < 1.5 else 0.4 / ratio
+    inset = axis.inset_axes((0.01, 0.02, side, side * ratio))
     y, x = np.mgrid[-1:1:81j, -1:1:81j]
     radius = np.hypot(x, y)
     colours = _directions(np.column_stack([y.ravel(), x.ravel()]), np.clip(radius.ravel(), 0, 1)).reshape(81, 81, 3)

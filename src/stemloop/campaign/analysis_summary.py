@@ -147,7 +147,12 @@ def phases(found: Understood) -> list[dict[str, Any]]:
         return []
     label, names = found.phases.label, phase_names(found)
     return [
-        {"name": name, "columns": int((label == k).sum()), "share": _plain(np.mean(label == k))}
+        {
+            "name": name,
+            "description": str(found.phases.description[k]),
+            "columns": int((label == k).sum()),
+            "share": _plain(np.mean(label == k)),
+        }
         for k, name in enumerate(names)
     ]
 
@@ -214,6 +219,7 @@ def drift(analysis: Analysis) -> dict[str, Any]:
         "frames_used": int(good.sum()),
         "span_px": [_plain(v) for v in span],
         "largest_step_px": _plain(steps.max()) if len(steps) else None,
+        "doubtful_frames": int((analysis.registration.p[good] < 0.9).sum()),
         "median_sigma_px": _plain(np.nanmedian(analysis.registration.sigma[good])) if good.any() else None,
     }
 
@@ -239,7 +245,7 @@ def calibration_sentence(analysis: Analysis) -> str:
     if one is not None and one.message:
         return str(one.message)
     if size.value_m is None:
-        return "The file does not say how large a pixel is, and no lattice was found that could tell: lengths are in px."
+        return "Nobody says how large a pixel is, and the lattice was not asked or could not tell: lengths are in px."
     return (
         f"A pixel is {1e12 * size.value_m:.4g} pm by the {'user' if size.source == 'user' else size.source}; "
         f"{TRUST[size.trust]}."
