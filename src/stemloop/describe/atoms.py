@@ -99,13 +99,14 @@ def _searched(region: Region, raster: Raster, noise: Noise, scale: Scale) -> _Fo
     pixels, width, excess = region.pixels, scale.width, 1.0
     value, background = np.zeros((0, 4)), np.full((2, 2), np.percentile(pixels[::4, ::4], 10))
     soft = mean = filters.smooth(pixels, 0.5 * width)
-    for first in (True, False):
+    for _ in range(2):
         variance = noise.variance(mean)
-        places, z = _peaks(pixels, soft, noise, width)
-        if first and not scale.periodic:  # without a lattice most of the image is support, whatever waves it has
-            excess = max(1.0, _spread(filters.negative_laplacian(pixels, width), variance, width))
-        places = places[(z > excess * _threshold(raster.shape, width)) & _present(region, places, width)]
-        start = _start(soft, places, width, value)
+        if scale.periodic:
+            places, z = _peaks(pixels, soft, noise, width)
+            places = places[z > excess * _threshold(raster.shape, width)]
+        else:
+            places = _spots(pixels, variance, width, raster.shape)
+        start = _start(soft, places[_present(region, places, width)], width, value)
         if len(start) == 0:
             return _nothing()
         known = fitting.prior(start)
@@ -120,7 +121,7 @@ def _searched(region: Region, raster: Raster, noise: Noise, scale: Scale) -> _Fo
         mean = model.image
         pixels, _ = _data(region, mean, raster, noise)
         residual = filters.negative_laplacian(pixels - mean, width)
-        excess = max(excess if not scale.periodic else 1.0, _spread(residual, variance, width))
+        excess = _spread(residual, variance, width)
     return _finished(region, raster, noise, value, background, width)
 
 
@@ -252,8 +253,23 @@ def _peaks(pixels: Image, soft: Image, noise: Noise, width: float) -> tuple[NDAr
 
 
 def _threshold(shape: tuple[int, ...], width: float) -> float:
-    """Deviations that noise passes about once in an image."""
+    """Deviations that one in as many points of noise passes as an image has independent ones."""
     return float(-special.ndtri(min(0.5, 4 * np.pi * width**2 / (shape[0] * shape[1]))))
+
+
+def _spots(pixels: Image, variance: Image, width: float, shape: tuple[int, ...]) -> NDArray[np.int64]:
+    """(n, 2) maxima that stand out from noise and from a support's waves, where there is no lattice.
+
+    The waves of a random field have 0.095 u exp(-u^2 / 2) maxima above u deviations for each square of ``width`` (for
+    this filter; R. J. Adler, The Geometry of Random Fields, 1981, doi:10.1137/1.9780898718980): u is where an image of
+    ``shape`` has one.
+    """
+    once = 0.095 * shape[0] * shape[1] / width**2
+    u = 3.0
+    for _ in range(20):
+        u = float(np.sqrt(2 * np.log(max(once * u, 2.0))))
+    z = filters.outstanding(pixels, variance, width)
+    return filters.maxima(z, max(1, round(width)), u)
 
 
 def _spread(response: Image, variance: Image, width: float) -> float:
@@ -267,7 +283,7 @@ def _doubted(residual: Image, weight: Image, width: float) -> Image:
     """The weight, lowered to the residual's own where a first fit left more than noise (cut columns, odd shapes)."""
     ratio = filters.smooth(weight * residual**2, width)
     chance = np.sqrt(2 / (4 * np.pi * width**2))
-    return np.where(ratio > 1 + 3 * chance, weight / ratio, weight).astype(np.float32)
+    return (weight / np.where(ratio > 1 + 3 * chance, ratio, 1)).astype(np.float32)
 
 
 def _start(soft: Image, peaks: NDArray[np.int64], width: float, known: Floats) -> Floats:
