@@ -27,6 +27,11 @@ class Scale(NamedTuple):
     width: float
     periodic: bool
 
+    @property
+    def width_of_all(self) -> float | None:
+        """The width where there is no lattice: a support's waves would tell another."""
+        return None if self.periodic else self.width
+
 
 def scale_of(parts: Iterable[Image], noise: Noise, pixel_size_nm: float | None = None) -> Scale:
     """A first width of the columns from ``parts`` of an image, all of one shape: 1 / (2 pi) over the rms frequency of what stands out of the spectrum.
@@ -65,7 +70,7 @@ def _width_of_atoms(parts: list[Image], noise: Noise, pixel_size_nm: float | Non
     skewness = np.array([np.mean([_skewness(part, noise, width) for part in parts]) for width in tried])
     if skewness.max() < 0.1:
         return float(min(max(_COLUMN_SIGMA_PX, low), high))
-    return float(tried[np.argmax(skewness > 0.95 * skewness.max())])
+    return float(tried[np.argmax(skewness > 0.75 * skewness.max())])
 
 
 def _skewness(part: Image, noise: Noise, width: float) -> float:
