@@ -29,6 +29,8 @@ _LEAST_AMPLITUDE = 0.1
 #: A column that stands out has an amplitude of so many deviations; one that did so in a fit may have a few less in the
 #: next.
 _SIGNIFICANT, _STILL_SIGNIFICANT = 4.0, 3.0
+#: Of the spots on a support that are taken for atoms this share may be waves of it.
+_WAVES = 0.3
 #: Of a column's core at least this share must have been measured.
 _LEAST_MEASURED = 0.35
 #: A region is searched with so many widths of the image around it, for its columns' neighbours.
@@ -99,16 +101,17 @@ def _searched(region: Region, raster: Raster, noise: Noise, scale: Scale) -> _Fo
     pixels, width, excess = region.pixels, scale.width, 1.0
     value, background = np.zeros((0, 4)), np.full((2, 2), np.percentile(pixels[::4, ::4], 10))
     soft = mean = filters.smooth(pixels, 0.5 * width)
-    for first in (True, False):
+    for _ in range(2):
         variance = noise.variance(mean)
-        places, z = _peaks(pixels, soft, noise, width)
-        if first and not scale.periodic:  # without a lattice most of the image is support, whatever waves it has
-            excess = max(1.0, _spread(filters.negative_laplacian(pixels, width), variance, width))
-        places = places[(z > excess * _threshold(raster.shape, width)) & _present(region, places, width)]
-        start = _start(soft, places, width, value)
+        if scale.periodic:
+            places, z = _peaks(pixels, soft, noise, width)
+            places = places[z > excess * _threshold(raster.shape, width)]
+        else:
+            places, _ = _spots(pixels, variance, width)
+        start = _start(soft, places[_present(region, places, width)], width, value)
         if len(start) == 0:
             return _nothing()
-        known = fitting.prior(start)
+        known = fitting.prior(start, width=scale.width_of_all)
         data, weight = _data(region, mean, raster, noise)
         model = fitting.fit(data, weight, start, background, width, known)
         sigma = fitting.deviations(model, weight, data, known)
@@ -116,16 +119,16 @@ def _searched(region: Region, raster: Raster, noise: Noise, scale: Scale) -> _Fo
         value, background = model.columns[good], model.background
         if len(value) == 0:
             return _nothing()
-        width = float(np.exp(np.median(value[:, 3])))
+        width = scale.width_of_all or float(np.exp(np.median(value[:, 3])))
         mean = model.image
         pixels, _ = _data(region, mean, raster, noise)
         residual = filters.negative_laplacian(pixels - mean, width)
-        excess = max(excess if not scale.periodic else 1.0, _spread(residual, variance, width))
-    return _finished(region, raster, noise, value, background, width)
+        excess = _spread(residual, variance, width)
+    return _finished(region, raster, noise, scale, value, background, width)
 
 
 def _finished(
-    region: Region, raster: Raster, noise: Noise, value: Floats, background: Floats, width: float
+    region: Region, raster: Raster, noise: Noise, scale: Scale, value: Floats, background: Floats, width: float
 ) -> _Found:
     """The last fit: with the columns that the lattice expects and that are there, weighted by the model's noise."""
     model = fitting.Model(value, background, region.pixels.shape, width)
@@ -138,7 +141,7 @@ def _finished(
     there = presence(amplitude, sigma, value[:, 2], share) > 0.5
     more = np.column_stack([sites.position, amplitude, np.full(len(amplitude), np.log(width))])[there]
     start = np.concatenate([value, more])
-    known = fitting.prior(start, len(more), sites.spread)
+    known = fitting.prior(start, len(more), sites.spread, scale.width_of_all)
     model = fitting.fit(pixels, weight, start, model.background, width, known)
     fitted, sigma = model.columns, fitting.deviations(model, weight, pixels, known)
     share = np.concatenate([np.full(len(value), share.max(initial=0.5)), share[there]])
@@ -252,8 +255,28 @@ def _peaks(pixels: Image, soft: Image, noise: Noise, width: float) -> tuple[NDAr
 
 
 def _threshold(shape: tuple[int, ...], width: float) -> float:
-    """Deviations that noise passes about once in an image."""
+    """Deviations that one in as many points of noise passes as an image has independent ones."""
     return float(-special.ndtri(min(0.5, 4 * np.pi * width**2 / (shape[0] * shape[1]))))
+
+
+def _spots(pixels: Image, variance: Image, width: float) -> tuple[NDArray[np.int64], Floats]:
+    """(n, 2) maxima that stand out from noise and from a support's waves, where there is no lattice, and the chance of
+    each to be more than a wave.
+
+    A random field has 0.095 u exp(-u^2 / 2) maxima above u deviations for each square of ``width`` (for this filter;
+    R. J. Adler, The Geometry of Random Fields, 1981, doi:10.1137/1.9780898718980). Of the maxima above the lowest u
+    that is taken, waves are three in ten at most (Y. Benjamini, Y. Hochberg, J. R. Stat. Soc. B 57 (1995) 289,
+    doi:10.1111/j.2517-6161.1995.tb02031.x); so of images of nothing but waves three in ten show a
+    spot.
+    """
+    z = filters.outstanding(pixels, variance, width)
+    places = filters.maxima(z, max(1, round(width)), 2.5)
+    height = z[tuple(places.T)].astype(np.float64)
+    order = np.argsort(-height)
+    waves = 0.095 * pixels.size / width**2 * height[order] * np.exp(-0.5 * height[order] ** 2)
+    share = np.minimum.accumulate((waves / np.arange(1, len(order) + 1))[::-1])[::-1]
+    taken = share < _WAVES
+    return places[order[taken]], 1 - share[taken]
 
 
 def _spread(response: Image, variance: Image, width: float) -> float:
@@ -267,7 +290,7 @@ def _doubted(residual: Image, weight: Image, width: float) -> Image:
     """The weight, lowered to the residual's own where a first fit left more than noise (cut columns, odd shapes)."""
     ratio = filters.smooth(weight * residual**2, width)
     chance = np.sqrt(2 / (4 * np.pi * width**2))
-    return np.where(ratio > 1 + 3 * chance, weight / ratio, weight).astype(np.float32)
+    return (weight / np.where(ratio > 1 + 3 * chance, ratio, 1)).astype(np.float32)
 
 
 def _start(soft: Image, peaks: NDArray[np.int64], width: float, known: Floats) -> Floats:

@@ -81,6 +81,13 @@ def laplacian_gain(sigma: float) -> float:
     return float((kernel**2).sum())
 
 
+def outstanding(image: Image, variance: Image, width: float) -> Image:
+    """:func:`negative_laplacian` over its own spread around each pixel (within some six widths), which is that of noise
+    of ``variance`` or more: how far a spot stands out from noise and from a support's waves alike."""
+    z = negative_laplacian(image, width) / np.sqrt(variance * np.float32(laplacian_gain(width)))
+    return np.asarray(z / np.sqrt(np.maximum(smooth(z * z, 6 * width), 1)))
+
+
 @njit(cache=True, nogil=True)
 def maxima(image: Image, reach: int, least: float) -> Integers:
     """(n, 2) pixels above ``least`` that are the largest of the square ``reach`` pixels around them, but none of the

@@ -19,14 +19,17 @@ _STEPS = 12
 
 
 class Prior(NamedTuple):
-    """What is known of the parameters before the fit: Gaussians of ``middle`` (n, 4) and ``precision`` (n, 4)."""
+    """What is known of the parameters before the fit: Gaussians of ``middle`` (n, 4) and ``precision`` (n, 4); the
+    middle of the widths is that of all if they are ``alike``."""
 
     middle: Floats
     precision: Floats
+    alike: bool
 
     def about(self, columns: Floats) -> Prior:
-        """The same with the median of the columns' widths in the middle of widths."""
-        self.middle[:, 3] = np.median(columns[:, 3])
+        """The same with the median of the ``columns``' widths in the middle."""
+        if self.alike:
+            self.middle[:, 3] = np.median(columns[:, 3])
         return self
 
     def cost(self, columns: Floats) -> float:
@@ -34,13 +37,16 @@ class Prior(NamedTuple):
         return float((self.precision * (columns - self.middle) ** 2).sum())
 
 
-def prior(columns: Floats, guided: int = 0, spread: float = 1.0) -> Prior:
-    """Widths are alike; the last ``guided`` columns are near where they start, give or take ``spread`` [px]."""
-    precision = np.zeros_like(columns)
+def prior(columns: Floats, guided: int = 0, spread: float = 1.0, width: float | None = None) -> Prior:
+    """Widths are alike, or near ``width`` [px]; the last ``guided`` columns are near where they start, give or take
+    ``spread`` [px]."""
+    middle, precision = columns.copy(), np.zeros_like(columns)
     precision[:, 3] = _LOG_WIDTH_SPREAD**-2
     if guided:
         precision[-guided:, :2] = spread**-2
-    return Prior(columns.copy(), precision).about(columns)
+    if width:
+        middle[:, 3] = np.log(width)
+    return Prior(middle, precision, width is None).about(columns)
 
 
 class Model:

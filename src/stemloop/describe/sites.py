@@ -164,6 +164,7 @@ def presence(amplitude: Floats, sigma: Floats, known: Floats, share: Floats) -> 
     known : (m,) amplitudes of columns.
     share : (n,) prior probability of a column at each site, between 0 and 1.
     """
+    sigma = np.maximum(sigma, 1e-9 * float(known.max(initial=1e-300)))
     levels = np.quantile(known, (np.arange(32) + 0.5) / 32)
     variance = sigma[:, None] ** 2 + (0.1 * levels) ** 2
     there = -0.5 * (amplitude[:, None] - levels) ** 2 / variance - 0.5 * np.log(variance)
