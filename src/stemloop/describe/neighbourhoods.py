@@ -63,10 +63,14 @@ def local(
     asked = np.arange(len(position)) if asked is None else asked
     n, q = len(asked), 3 if order == 1 else 6
     most = 12 if order == 1 else 20
-    nothing = Local(np.full((n, 2), np.nan), np.full((n, 2, 2), np.nan), np.full((n, q - 3, 2), np.nan), np.full((n, q, q), np.nan))
+    nothing = Local(
+        np.full((n, 2), np.nan), np.full((n, 2, 2), np.nan), np.full((n, q - 3, 2), np.nan), np.full((n, q, q), np.nan)
+    )
     if len(sources) < q + 3:
         return nothing
-    distance, index = (np.asarray(v) for v in cKDTree(position[sources]).query(position[asked], min(most + 1, len(sources))))
+    distance, index = (
+        np.asarray(v) for v in cKDTree(position[sources]).query(position[asked], min(most + 1, len(sources)))
+    )
     neighbour = sources[index]
     other = neighbour != asked[:, None]
     other[:, -1] &= ~other.all(axis=1)  # the same number for all: a source leaves itself out
