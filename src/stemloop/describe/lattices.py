@@ -34,6 +34,8 @@ _CANDIDATES, _TRIES, _SAMPLE = 200, 12, 1500
 _FITS = 0.5
 #: A place that fewer of its cells hold than this is not called vacant where it is empty.
 _OCCUPIED = 0.6
+#: Nor is it where columns of its kind have a larger deviation [widths]: they could hide in the noise.
+_CERTAIN = 0.15
 _FREEDOM = 4.0
 #: A place that fewer of the cells hold is none of the lattice's.
 _SPARSE = 0.1
@@ -429,7 +431,7 @@ def _gaps(
         asked = np.asarray(cKDTree(known).query(places)[0]) < 0.42 * nearest
     count = np.bincount(cells.site, minlength=len(cells.basis))
     lost = np.bincount(kinds[votes >= 3], minlength=len(cells.basis))
-    usual = count / np.maximum(count + lost, 1) >= _OCCUPIED
+    usual = (count / np.maximum(count + lost, 1) >= _OCCUPIED) & (_doubt(field, index, cells) < _CERTAIN)
     vacant = ((votes >= 3) & (usual[kinds] | asked)) | ((votes >= 2) & asked) if len(places) else asked
     vacant &= _enclosed(field, places, kinds, cells.frame[voters], mine, 0.42 * nearest)
     rim = ~met
@@ -438,9 +440,14 @@ def _gaps(
     return rim.any(axis=1), places[vacant], kinds[vacant]
 
 
-def _enclosed(
-    field: _Field, places: Floats, kinds: Integers, frame: Floats, mine: Integers, reach: float
-) -> Bools:
+def _doubt(field: _Field, index: Integers, cells: Cells) -> Floats:
+    """(k,) median deviation of each site's columns, in widths of a column (1 / sqrt(counts) where there are counts)."""
+    sigma = np.sqrt(field.variance[index].mean(axis=1)) / max(field.margin, 1e-9)
+    kinds = range(len(cells.basis))
+    return np.array([np.median(sigma[cells.site == s]) if (cells.site == s).any() else np.inf for s in kinds])
+
+
+def _enclosed(field: _Field, places: Floats, kinds: Integers, frame: Floats, mine: Integers, reach: float) -> Bools:
     """Whether the neighbours of a place, of its kind, stand on all sides: no gap between them of 140 degrees.
 
     Neighbours outside the image are taken as there.

@@ -68,7 +68,9 @@ def local(
     )
     if len(sources) < q + 3:
         return nothing
-    distance, index = (np.asarray(v) for v in cKDTree(position[sources]).query(position[asked], min(most + 1, len(sources))))
+    distance, index = (
+        np.asarray(v) for v in cKDTree(position[sources]).query(position[asked], min(most + 1, len(sources)))
+    )
     neighbour = sources[index]
     other = neighbour != asked[:, None]
     other[:, -1] &= ~other.all(axis=1)  # the same number for all: a source leaves itself out
