@@ -29,8 +29,10 @@ _FEWEST = 12
 _DEAR = 3.0
 #: Means of two phases are this many spreads apart in some coordinate that counts.
 _APART = 2.5
-#: Share of the difference of two phases that must be seen as a step where they meet.
-_STEP = 0.5
+#: Two phases with the same cell must differ in ln of the brightness ratio of their sites by this.
+_RATIO = 0.1
+#: Share of the difference of two phases that must be seen as a step within so many cells from where they meet.
+_STEP, _NEAR = 0.6, 1.5
 #: How much more often than by chance the neighbours of a phase's columns are of it too (0: chance, 1: always).
 _CLUSTERED = 0.3
 _COUPLING = 0.5
@@ -255,26 +257,31 @@ def _sound(points: Points, mixture: Mixture, position: Floats, beside: Integers,
     typical = np.hypot(mixture.spread, np.nanmedian(points.sigma, axis=0))
     flat = points.value - points.trend @ mixture.slope
     return all(
-        _distinct(mixture.mean[a] - mixture.mean[b], typical)
+        _distinct(mixture.mean[a] - mixture.mean[b], typical, min(count[a], count[b]))
         and _stepped(flat, position, label, mixture.mean, typical, a, b, length)
         for a in range(k)
         for b in range(a)
     )
 
 
-def _distinct(difference: Floats, typical: Floats) -> bool:
-    return bool((np.abs(difference / typical) > _APART).any())
+def _distinct(difference: Floats, typical: Floats, count: int) -> bool:
+    """Whether two means are apart, and by more than a factor common to all columns, which is a thickness."""
+    bright, cell = difference[:-3], np.abs(difference / typical)[-3:]
+    ratio = float(np.ptp(bright)) if len(bright) > 1 else np.inf
+    doubt = 4 * float(np.hypot(*np.sort(typical[:-3])[-2:])) / np.sqrt(count) if len(bright) > 1 else 0.0
+    thickness = ratio < max(_RATIO, doubt) and cell.max() < 1
+    return bool((np.abs(difference / typical) > _APART).any()) and not thickness
 
 
 def _stepped(
     flat: Floats, position: Floats, label: Integers, mean: Floats, typical: Floats, a: int, b: int, length: float
 ) -> bool:
-    """Whether columns within two and a half cells of the other phase are as different as the phases are on the whole
+    """Whether columns near the other phase are as different as the phases are on the whole
     (true as well where the two do not meet)."""
     one, other = np.flatnonzero(label == a), np.flatnonzero(label == b)
     to_other = np.asarray(cKDTree(position[other]).query(position[one])[0])
     to_one = np.asarray(cKDTree(position[one]).query(position[other])[0])
-    one, other = one[to_other < 2.5 * length], other[to_one < 2.5 * length]
+    one, other = one[to_other < _NEAR * length], other[to_one < _NEAR * length]
     if len(one) < _FEWEST // 2 or len(other) < _FEWEST // 2:
         return True
     difference = mean[a] - mean[b]

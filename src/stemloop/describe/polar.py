@@ -36,8 +36,8 @@ class Polar:
     p_polar : (n,) probability that the cell is displaced at all. variant : (n,) int, the most likely variant, -1 where
     the cell is not polar or the directions have no variants; p_variant : (n, k). direction, direction_sigma : (k,)
     [rad] of the variants. region : (n,) int, connected cells of one variant, the largest first, -1 as above.
-    coherence : how far the displacements of cells that share no column agree, in deviations of chance (above about 4:
-    the image is polar). offset : (2,) [px] what was taken off every vector. vectors : (grains, 2, 2) [px] lattices.
+    coherence : how far the displacements of cells that share no column agree, in deviations of chance (negative where
+    they alternate; beyond about 4 the image is polar). offset : (2,) [px] what was taken off every vector. vectors : (grains, 2, 2) [px] lattices.
     """
 
     place: Floats
@@ -128,10 +128,10 @@ def polar(
     grain = np.repeat(np.arange(len(parts)), [len(p.column) for p in parts]).astype(np.int64)
     starts = np.cumsum([0, *(len(p.column) for p in parts)])
     beside = _stacked(grids, starts, [(1, 0), (-1, 0), (0, 1), (0, -1)])
-    apart = _stacked(grids, starts, [(2, 0), (0, 2)])
+    apart = _stacked(grids, starts, [(2, 0), (0, 2), (2, 2), (2, -2)])
     coherence = _coherence(joined.vector, joined.sigma, apart)
     found = directions.none(len(joined.column))
-    if coherence > directions.COHERENT:
+    if abs(coherence) > directions.COHERENT:
         found = directions.variants_of(joined.vector, joined.sigma, beside, variants)
     return Polar(
         joined.place,
@@ -309,14 +309,15 @@ def _excess(part: _Part, grid: _Grid) -> float:
 
 def _coherence(vector: Floats, sigma: Floats, apart: Integers) -> float:
     """Sum of the scalar products of vectors (in deviations, at most 5 long) of cells that share no column, over what
-    chance gives it."""
+    chance gives it: the largest, by size, of those for the steps ``apart`` (n, steps)."""
     scaled = vector / sigma
     length = np.hypot(*scaled.T)
     scaled = scaled * np.minimum(1, 5 / np.maximum(length, 1e-12))[:, None]
-    one = np.repeat(np.arange(len(apart)), apart.shape[1])
-    other = apart.ravel()
-    product = (scaled[one[other >= 0]] * scaled[other[other >= 0]]).sum(axis=1)
-    return float(product.sum() / np.sqrt((product**2).sum())) if len(product) and product.any() else 0.0
+    ratios = [0.0]
+    for other in apart.T:
+        product = (scaled[other >= 0] * scaled[other[other >= 0]]).sum(axis=1)
+        ratios.append(float(product.sum() / np.sqrt((product**2).sum())) if product.any() else 0.0)
+    return max(ratios, key=abs)
 
 
 def _vortices_of(polar: Polar, grid: _Grid, lattice: Floats, smoothing: float | None) -> Iterator[Defect]:
