@@ -74,10 +74,10 @@ def denoise(
     width = column_width(pixels)
     moves = translations(pixels)
     if method == "lattice" and len(moves):
-        mean = _repeated(level, moves, width)
+        mean = repeated(level, moves, width)
     else:
         mean = _nonlocal(level, width, float(np.linalg.norm(moves[0])) if len(moves) else 0.0)
-    return _kept(pixels, _limited(restored(mean, noise), width), noise, width)
+    return _kept(pixels, limited(restored(mean, noise), width), noise, width)
 
 
 def _checked(image: NDArray[Any]) -> Floats:
@@ -184,7 +184,7 @@ def _vertex(field: Floats, at: NDArray[np.int64]) -> Floats:
 # -------------------------------------------------------------------------------------------- means of what is alike
 
 
-def _limited(field: Floats, width: float) -> Floats:
+def limited(field: Floats, width: float) -> Floats:
     """Without the frequencies that nothing of Gaussian ``width`` [px] reaches (under half a percent of its mean)."""
     passed = _passed(field.shape, width)
     return np.asarray(fft.idctn(fft.dctn(field, norm="ortho") * passed, norm="ortho"))
@@ -201,7 +201,7 @@ def _nonlocal(level: Floats, width: float, cell: float) -> Floats:
     patch = int(np.clip(np.rint(1.2 * width), 2, 6))
     search = int(np.clip(np.ceil(1.3 * cell), _SEARCH, _FARTHEST))
     variance = float((_passed(level.shape, width) ** 2).mean())
-    return _nonlocal_sum(level, _limited(level, width), patch, search, variance)
+    return _nonlocal_sum(level, limited(level, width), patch, search, variance)
 
 
 @njit(cache=True, nogil=True, fastmath=True)
@@ -256,15 +256,16 @@ def _moves(level: Floats, moves: Floats) -> Iterator[tuple[Floats, Floats]]:
         yield placed(level, move)
 
 
-def _repeated(level: Floats, moves: Floats, width: float) -> Floats:
+def repeated(level: Floats, moves: Floats, width: float, own: bool = True) -> Floats:
     """Mean of the places that the lattice's translations lead to, weighted by how alike their surroundings (within
-    two columns' widths) are."""
+    two columns' widths) are; without the place itself where ``own`` is false."""
     wide = 2 * width
-    own = _limited(level, width)
+    guide = limited(level, width)
     variance = float((_passed(level.shape, width) ** 2).mean())
-    total, weight = level.copy(), np.ones(level.shape)
+    first = 1.0 if own else 1e-6
+    total, weight = first * level, np.full(level.shape, first)
     for value, seen in _moves(level, moves):
-        away = ndimage.gaussian_filter(seen * (own - _limited(value, width)) ** 2, wide)
+        away = ndimage.gaussian_filter(seen * (guide - limited(value, width)) ** 2, wide)
         known = np.maximum(ndimage.gaussian_filter(seen, wide), 1e-6)
         excess = away / known / (2 * variance) - 1
         w = seen * np.exp(-2 * np.maximum(excess - 0.2, 0.0))
@@ -299,5 +300,5 @@ def _kept(pixels: Floats, mean: Floats, noise: Noise, width: float) -> Floats:
         normal /= scale[..., :, None] * scale[..., None, :]
         normal += 1e-4 * np.eye(3)
         answer = np.linalg.solve(normal, (goal / scale)[..., None])[..., 0] / scale
-        mean = _limited(mean + np.einsum("yxi,iyx->yx", answer, parts), width)
+        mean = limited(mean + np.einsum("yxi,iyx->yx", answer, parts), width)
     return mean

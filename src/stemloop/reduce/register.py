@@ -915,8 +915,8 @@ def placed(frame: Floats, shift: Floats, line_shift: Floats | None = None) -> tu
     across = np.full(rows, float(shift[1])) + (0.0 if line_shift is None else line_shift)
     finite = np.isfinite(frame)
     pixels = frame if finite.all() else np.where(finite, frame, frame[finite].mean() if finite.any() else 0.0)
-    pixels = _along(pixels, across)
-    pixels = _along(pixels.T, np.full(columns, float(shift[0]))).T
+    pixels = along_lines(pixels, across)
+    pixels = along_lines(pixels.T, np.full(columns, float(shift[0]))).T
     seen = np.ones(frame.shape)
     if not finite.all():
         hole = ndimage.binary_dilation(~finite, np.ones((5, 5), bool)).astype(np.float64)
@@ -931,7 +931,7 @@ def placed(frame: Floats, shift: Floats, line_shift: Floats | None = None) -> tu
     return pixels * seen, seen
 
 
-def _along(lines: Floats, shift: Floats) -> Floats:
+def along_lines(lines: Floats, shift: Floats) -> Floats:
     """(m, size) lines, each moved back by its own ``shift`` (m,): out[x] = line[x + shift], mirrored at the ends."""
     size = lines.shape[1]
     series = fft.rfft(np.concatenate([lines, lines[:, ::-1]], axis=1), axis=1)

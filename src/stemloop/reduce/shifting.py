@@ -62,3 +62,24 @@ def moved(image: NDArray[Any], part: tuple[float, float], slope: int | None = No
     out = np.empty_like(pixels)
     _convolved(pixels, _kernel(part[0], slope == 0), _kernel(part[1], slope == 1), out)
     return out
+
+
+@njit(cache=True, nogil=True)
+def remembered(
+    value: NDArray[Any], variance: NDArray[Any], spread: float, memory: float
+) -> tuple[NDArray[Any], NDArray[Any], float]:
+    """Kalman filter of a stationary first-order autoregression of variance ``spread`` and correlation ``memory``,
+    observed as ``value`` with noise of ``variance`` (both (n,)): (mean, variance, log-likelihood)."""
+    n = len(value)
+    mean, left = np.empty(n), np.empty(n)
+    m, p, likelihood = 0.0, spread, 0.0
+    for k in range(n):
+        if k > 0:
+            m, p = memory * m, memory * memory * p + (1 - memory * memory) * spread
+        total = p + variance[k]
+        away = value[k] - m
+        likelihood -= 0.5 * (np.log(2 * np.pi * total) + away * away / total)
+        m += p / total * away
+        p *= variance[k] / total
+        mean[k], left[k] = m, p
+    return mean, left, likelihood
