@@ -39,13 +39,11 @@ def crystal(seed=0, side=112, dose=5e4):
 
 
 def stack(count=6, side=96, bad=(3,), seed=0):
-    """Frames of a drifting crystal, with a jump half-way and blank frames; and the shifts."""
+    """Frames of a drifting crystal, with blank frames; and the shifts."""
     rng = np.random.default_rng(seed)
     layout = pictures.layout("SrTiO3[001]", (side, side), PIXEL_PM, 0.1, margin=-20)
-    corner = (layout.position < 0.8 * side).all(axis=1)  # a corner of it tells a shift from a lattice vector
-    layout = pictures.without(layout.take(corner), 0.05, 1, rng)
+    layout = pictures.without(layout, 0.1, 1, rng)
     shift = np.cumsum(rng.normal(0, 0.5, (count, 2)), axis=0)
-    shift[count // 2 :] += (1.5, -2.0)
     made = np.array([pictures.counted(pictures.mean_image(layout, 1e4, shift=tuple(s)), rng) for s in shift])
     made[list(bad)] = 0
     return made, shift

@@ -112,13 +112,13 @@ def view(columns: Floats, unit: float, rng: np.random.Generator, dose: float = _
     image = mean_image(seen, dose, background=rng.uniform(0.05, 0.3), tail=rng.choice([0.0, 0.1]))
     slope = rng.uniform(-0.15, 0.15, 2) / shape[0]
     image *= 1 + (np.indices(shape) - middle[:, None, None]).transpose(1, 2, 0) @ slope
-    error = rng.normal(0, 0.02 * unit / pixel, 2)
+    error = rng.normal(0, 0.03 * unit / pixel, 2)
     scale = unit / pixel * np.exp(rng.normal(0, 0.008))
     width = float(np.median(seen.width)) * np.exp(rng.normal(0, 0.03))
     return fingerprints.invariants_at(counted(image, rng), (middle + error)[None], scale, width)[0]
 
 
-def learn(scenes: int = 1500, views: int = 8, seed: int = 0) -> fingerprints.Whitening:
+def learn(scenes: int = 1500, views: int = 6, seed: int = 0) -> fingerprints.Whitening:
     """The matrix from ``scenes`` x ``views`` images."""
     rng = np.random.default_rng(seed)
     raw = np.array([[view(c, u, rng) for _ in range(views)] for c, u in (scene(rng) for _ in range(scenes))])

@@ -31,12 +31,13 @@ Floats = NDArray[np.float64]
 REACH = 2.2
 #: The spacing [nm] that is taken where the pixel size is trusted: the same disc in all materials.
 SPACING_NM = 0.27
-#: Every column is blurred to this width (1 sigma), in spacings, whatever the probe was.
-_BLUR = 0.22
+#: Every column is blurred to this width (1 sigma), in spacings, whatever the probe was; and blurred at least so much
+#: that the rings miss no pixel's electrons.
+_BLUR, _LEAST_BLUR = 0.25, 0.15
 _RINGS, _ANGLES = 9, 48
 _RADII = REACH * (np.arange(_RINGS) + 0.35) / _RINGS
 #: Highest order of each ring: as fine along the ring as the blur lets through.
-_ORDERS = np.minimum(12, np.floor(1.6 * _RADII / _BLUR)).astype(int)
+_ORDERS = np.minimum(12, np.floor(1.7 * _RADII / _BLUR)).astype(int)
 _MOST = int(_ORDERS.max())
 #: Share that each ring has in the whole: its area, and less towards the rim.
 _SHARE = _RADII * np.exp(-0.5 * (_RADII / 1.4) ** 2)
@@ -157,7 +158,8 @@ def invariants_at(pixels: Floats, middles: Floats, unit: float, width: float) ->
     inside = _inside(middles, pixels.shape, REACH * unit)
     out = np.full((len(middles), size()), np.nan)
     if inside.any():
-        soft = ndimage.gaussian_filter(pixels, np.sqrt(max((_BLUR * unit) ** 2 - width**2, 0.25)), mode="nearest")
+        blur = np.sqrt(max((_BLUR * unit) ** 2 - width**2, (_LEAST_BLUR * unit) ** 2))
+        soft = ndimage.gaussian_filter(pixels, blur, mode="nearest")
         angle = 2 * np.pi * np.arange(_ANGLES) / _ANGLES
         around = np.stack([np.sin(angle), np.cos(angle)], axis=1)
         rings = unit * _RADII[:, None, None] * around
