@@ -26,6 +26,8 @@ _VACANCIES = 0.01
 _FOUND = 4.0
 #: Columns of the same site around a vacancy by which it is judged.
 _AROUND = 16
+#: Columns nearer to the border than this many of their widths are not compared in brightness.
+_BORDER = 4.5
 #: A crystal surrounds a place if no gap between its columns seen from there is wider [rad].
 _WIDEST_GAP = np.deg2rad(150)
 #: Point defects nearer than this many nearest-neighbour distances (or Burgers vectors) to a line or core are of it.
@@ -92,6 +94,12 @@ def find_defects(columns: Columns, assignment: Assignment, shape: tuple[int, int
     )
     taken = _within(np.array([d.place[0] for d in points]).reshape(-1, 2), extended, spacing)
     return (*extended, *(d for d, part in zip(points, taken, strict=True) if not part))
+
+
+def _cut(columns: Columns, shape: tuple[int, int]) -> Mask:
+    """(n,) columns so near to the border that those cut by it disturb the fit of their brightness."""
+    margin = _BORDER * float(np.median(columns.width))
+    return np.asarray(((columns.position < margin) | (columns.position > np.array(shape) - 1 - margin)).any(axis=1))
 
 
 def _within(place: Floats, extended: tuple[Defect, ...], spacing: float) -> Mask:
