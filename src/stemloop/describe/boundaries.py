@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -68,9 +69,40 @@ def _turn_sigma(grain: Grain) -> float:
     return float(np.hypot(*relative) / 2)
 
 
+def primitive(grain: Grain) -> tuple[Grain, Integers]:
+    """The grain with its shortest vectors, and for each of its sites (k,) the first site that is alike.
+
+    A cell may be larger than what repeats: a centred cell, or one that noise made appear doubled. Differences of places
+    that take every site to one about as bright (within a quarter) are lattice vectors too.
+    """
+    basis, bright = grain.basis, grain.amplitude
+    first = np.arange(len(basis))
+    shifts = []
+    near = 0.1 * float(np.hypot(*grain.vectors.T).min()) / np.sqrt(len(basis))
+    for shift in basis[1:] - basis[0]:
+        away = basis[:, None, :] + shift - basis[None, :, :]
+        away = np.hypot(*np.moveaxis((away - np.rint(away)) @ grain.vectors, -1, 0))
+        to = away.argmin(axis=1)
+        if (away.min(axis=1) < near).all() and (np.abs(bright[to] - bright) < 0.25 * np.abs(bright)).all():
+            shifts.append(np.rint(shift * len(basis)) / len(basis))
+            for s, t in enumerate(to):
+                first[first == first[max(s, t)]] = min(first[s], first[t])
+    if not shifts:
+        return grain, first.astype(np.int64)
+    choices = np.array([np.array(c) for c in itertools.product((-1, 0, 1), repeat=2)], dtype=np.float64)
+    every = np.concatenate([choices, *(choices + shift for shift in shifts)])
+    every = every[np.argsort(np.hypot(*(every @ grain.vectors).T), kind="stable")][1:]
+    size = 1 / (len(shifts) + 1)
+    one = every[0]
+    two = next(v for v in every if abs(abs(one[0] * v[1] - one[1] * v[0]) - size) < 0.01)
+    change = np.stack([one, two if one[0] * two[1] > one[1] * two[0] else -two])
+    sigma = np.sqrt(change**2 @ grain.sigma**2)
+    return replace(grain, vectors=change @ grain.vectors, sigma=sigma), first.astype(np.int64)
+
+
 def crystals(grains: tuple[Grain, ...]) -> tuple[Integers, Integers]:
     """Which grains are one crystal: for each the number of the largest like it, and the (2, 2) whole-number change of
-    its vectors into that one's."""
+    its vectors into that one's. The grains are primitive."""
     first = np.arange(len(grains))
     change = np.tile(np.eye(2, dtype=np.int64), (len(grains), 1, 1))
     for k in range(1, len(grains)):
@@ -153,9 +185,8 @@ def stacking_faults(position: Floats, vectors: Floats, whole: Net) -> tuple[Defe
     -------
     Defects of kind ``stacking-fault`` (antiphase boundaries and inserted layers are such): place, the line in order;
     detail ``displacement`` (row, col) [px] of the side that ``normal`` (row, col) points to against the other, the
-    shortest of those that differ by lattice vectors; ``displacement_cells`` in a1 and a2, ``sigma_cells``,
-    ``length_px``, and ``along_scan``: True where the line runs along the scan lines and the jump too, which a jump of
-    the probe does as well.
+    shortest of those that differ by lattice vectors, with ``sigma_px``; ``length_px``; and ``along_scan``: True where
+    the line runs along the scan lines and the jump too, which a jump of the probe does as well.
     """
     found = []
     shortest, least = float(np.hypot(*vectors.T).min()), _least_jump(whole, vectors)
@@ -172,17 +203,16 @@ def stacking_faults(position: Floats, vectors: Floats, whole: Net) -> tuple[Defe
         step = jump @ vectors
         if np.hypot(*step) < 1.25 * least:
             continue
-        z = np.hypot(*step) / max(float(np.hypot(*(sigma @ np.abs(vectors)))), 1e-9)
+        sigma_px = float(np.hypot(*(sigma @ np.abs(vectors))))
         along = place[-1] - place[0]
         found.append(
             Defect(
                 "stacking-fault",
                 place,
-                float(1 - 2 * stats.norm.sf(z)),
+                float(1 - 2 * stats.norm.sf(np.hypot(*step) / max(sigma_px, 1e-9))),
                 {
                     "displacement": tuple(step.tolist()),
-                    "displacement_cells": tuple(jump.tolist()),
-                    "sigma_cells": tuple(sigma.tolist()),
+                    "sigma_px": sigma_px,
                     "normal": tuple((across / np.hypot(*across)).tolist()),
                     "length_px": _length(place),
                     "along_scan": bool(abs(along[0]) < 0.05 * abs(along[1]) and abs(step[0]) < 0.2 * abs(step[1])),

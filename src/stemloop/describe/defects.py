@@ -8,9 +8,9 @@ from scipy import stats
 from scipy.spatial import cKDTree
 
 from stemloop.core.errors import InputError
-from stemloop.core.structure import Assignment, Columns, Defect
+from stemloop.core.structure import Assignment, Columns, Defect, Grain
 from stemloop.describe.bonds import net
-from stemloop.describe.boundaries import crystals, grain_boundaries, stacking_faults
+from stemloop.describe.boundaries import crystals, grain_boundaries, primitive, stacking_faults
 from stemloop.describe.dislocations import dislocations
 from stemloop.describe.strain import local_lattice
 
@@ -24,13 +24,13 @@ _FALSE_ALARMS = 0.05
 _VACANCIES = 0.01
 #: Amplitude over its deviation from which a column is found by itself.
 _FOUND = 4.0
-#: How much likelier an overlooked column is where the image was not asked at the place itself.
-_ASKED = 0.1
 #: Columns of the same site around a vacancy by which it is judged.
 _AROUND = 16
+#: Columns nearer to the border than this many of their widths are not compared in brightness.
+_BORDER = 4.5
 #: A crystal surrounds a place if no gap between its columns seen from there is wider [rad].
 _WIDEST_GAP = np.deg2rad(150)
-#: Point defects nearer than this many nearest-neighbour distances to a core or a line are parts of it.
+#: Point defects nearer than this many nearest-neighbour distances (or Burgers vectors) to a line or core are of it.
 _NEAR = 1.5
 #: Local vectors that differ by more than this part from their grain's are taken for its own.
 _ODD = 0.3
@@ -46,8 +46,9 @@ _SHARED, _SEVERAL = 0.25, 3
 def find_defects(columns: Columns, assignment: Assignment, shape: tuple[int, int]) -> tuple[Defect, ...]:
     """Find the defects of an image's lattices.
 
-    - ``vacancy``: a place inside a crystal where a column is expected and none is. p weighs the prior share of
-      vacancies against the chance that a column of that site is overlooked. Detail: ``site``, ``grain``.
+    - ``vacancy``: a place inside a crystal where a column is expected and none is, if that is likelier than that a
+      column of that site was overlooked (a hundredth of all places are taken to be vacant). Detail: ``site``,
+      ``grain``.
     - ``dopant``: a column brighter or weaker than the columns of its site along every line through it (so neither a
       slope of thickness nor an interface or a layer is one). At most 0.05 are expected by chance in an image. Detail:
       ``site``, ``ratio`` to the neighbours and ``ratio_sigma``, ``z_score``, ``brightness`` (``brighter`` or
@@ -55,8 +56,9 @@ def find_defects(columns: Columns, assignment: Assignment, shape: tuple[int, int
     - ``interstitial``: a column inside a crystal and on none of its sites. Several at one place of the cell are a site
       that is seldom seen, and a column beside its empty site is out of place: neither is listed. Detail: ``column``,
       ``offset_px`` to the nearest site.
-    - ``dislocation``: see :func:`stemloop.describe.dislocations.dislocations`.
-    - ``stacking-fault``, ``grain-boundary``: see :mod:`stemloop.describe.boundaries`.
+    - ``dislocation``: see :func:`stemloop.describe.dislocations.dislocations`; ``burgers_cells`` is the Burgers vector
+      in a1 and a2 of its grain.
+    - ``stacking-fault``, ``grain-boundary``: see :mod:`stemloop.describe.boundaries`; ``displacement_cells`` likewise.
 
     Point defects within a core or a boundary are counted as parts of it and not listed.
 
@@ -76,23 +78,37 @@ def find_defects(columns: Columns, assignment: Assignment, shape: tuple[int, int
         raise InputError(f"{len(columns)} columns have {len(assignment)} assignments: they are of different images.")
     if not assignment.grains or not (assignment.site >= 0).any():
         return ()
-    first, change = crystals(assignment.grains)
-    frames = _frames(columns, assignment, change[assignment.grain.clip(0)])
-    extended = _extended(columns, assignment, np.where(assignment.grain >= 0, first[assignment.grain], -1), frames)
-    occupied = [d.place for d in extended]
+    cells = [primitive(grain) for grain in assignment.grains]
+    grains, kind = tuple(grain for grain, _ in cells), _kinds(assignment, [alike for _, alike in cells])
+    first, change = crystals(grains)
+    frames = _frames(columns, assignment, grains, change)
+    crystal = np.where(kind >= 0, first[assignment.grain], -1)
+    extended = _extended(columns.position, kind, crystal, frames, grains, assignment)
     spacing = _spacing(columns.position[assignment.site >= 0])
-    core = cKDTree(np.concatenate(occupied)) if occupied else None
-
-    def apart(place: Floats) -> Mask:
-        if core is None or len(place) == 0:
-            return np.ones(len(place), dtype=bool)
-        return np.asarray(core.query(place)[0]) > _NEAR * spacing
-
     empty = _vacancies(columns, assignment, spacing, shape)
     loose = _interstitials(columns, assignment, spacing)
-    points = (*_lonely(empty, loose, spacing), *_dopants(columns, assignment, frames), *_lonely(loose, empty, spacing))
-    free = apart(np.array([d.place[0] for d in points]).reshape(-1, 2))
-    return (*extended, *(d for d, alone in zip(points, free, strict=True) if alone))
+    points = (
+        *_lonely(empty, loose, spacing),
+        *_dopants(columns, assignment, kind, frames),
+        *_lonely(loose, empty, spacing),
+    )
+    taken = _within(np.array([d.place[0] for d in points]).reshape(-1, 2), extended, spacing)
+    return (*extended, *(d for d, part in zip(points, taken, strict=True) if not part))
+
+
+def _cut(columns: Columns, shape: tuple[int, int]) -> Mask:
+    """(n,) columns so near to the border that those cut by it disturb the fit of their brightness."""
+    margin = _BORDER * float(np.median(columns.width))
+    return np.asarray(((columns.position < margin) | (columns.position > np.array(shape) - 1 - margin)).any(axis=1))
+
+
+def _within(place: Floats, extended: tuple[Defect, ...], spacing: float) -> Mask:
+    """(m,) whether a place lies in a boundary, or in a core (which is as large as its Burgers vector)."""
+    out = np.zeros(len(place), dtype=bool)
+    for defect in extended:
+        size = max(spacing, float(np.hypot(*defect.detail.get("burgers", (0.0, 0.0)))))
+        out |= (np.hypot(*(place[:, None] - defect.place).transpose(2, 0, 1)) < _NEAR * size).any(axis=1)
+    return out
 
 
 def _spacing(position: Floats) -> float:
@@ -105,34 +121,64 @@ def _spacing(position: Floats) -> float:
 # ------------------------------------------------------------------------------------------------ lines and cores
 
 
-def _extended(columns: Columns, assignment: Assignment, crystal: Integers, frames: Floats) -> tuple[Defect, ...]:
+def _kinds(assignment: Assignment, alike: list[Integers]) -> Integers:
+    """(n,) the site of each column, where sites that only a lattice vector tells apart are one; -1 if it has none."""
+    kind = np.full(len(assignment), -1, dtype=np.int64)
+    for number, first in enumerate(alike):
+        own = (assignment.grain == number) & (assignment.site >= 0)
+        kind[own] = first[assignment.site[own]]
+    return kind
+
+
+def _extended(
+    position: Floats,
+    kind: Integers,
+    crystal: Integers,
+    frames: Floats,
+    grains: tuple[Grain, ...],
+    assignment: Assignment,
+) -> tuple[Defect, ...]:
     """Grain boundaries, stacking faults and dislocations; ``crystal`` (n,) are the grains, like ones as one."""
-    sited = np.flatnonzero((crystal >= 0) & (assignment.site >= 0))
+    sited = np.flatnonzero(kind >= 0)
     numbers = sorted(set(crystal[sited].tolist()))
     found: list[Defect] = []
     if len(numbers) > 1:
-        vectors = np.array([g.vectors for g in assignment.grains])[crystal[sited]]
-        position = columns.position[sited]
-        found += grain_boundaries(position, crystal[sited], assignment.grains, net(position, vectors))
+        vectors = np.array([g.vectors for g in grains])[crystal[sited]]
+        found += grain_boundaries(position[sited], crystal[sited], grains, net(position[sited], vectors))
     for number in numbers:
-        members = np.flatnonzero((crystal == number) & (assignment.site == 0))
+        members = np.flatnonzero((crystal == number) & (kind == 0))
         if len(members) < 6:
             continue
-        vectors, position = assignment.grains[number].vectors, columns.position[members]
-        whole = net(position, frames[members])
-        found += stacking_faults(position, vectors, whole)
-        found += dislocations(position, vectors, whole)
+        vectors, place = grains[number].vectors, position[members]
+        whole = net(place, frames[members])
+        lines = (*stacking_faults(place, vectors, whole), *dislocations(place, vectors, whole))
+        found += _in_cells(lines, assignment.grains[number])
     return tuple(found)
 
 
-def _frames(columns: Columns, assignment: Assignment, change: Integers) -> Floats:
-    """(n, 2, 2) vectors around each column, in the order of the crystal's first grain: of the nine nearest columns the
-    median, with the grain's own vectors in place of odd ones (which cores and faults make)."""
-    own = np.array([g.vectors for g in assignment.grains])[assignment.grain.clip(0)]
+def _in_cells(found: tuple[Defect, ...], grain: Grain) -> tuple[Defect, ...]:
+    """The defects with Burgers vectors and displacements in the cells of ``grain`` as well as in pixels."""
+    inverse = np.linalg.inv(grain.vectors)
+    for defect in found:
+        for name in ("burgers", "displacement"):
+            if name in defect.detail:
+                cells = np.round(np.array(defect.detail[name]) @ inverse, 6) + 0.0
+                defect.detail[f"{name}_cells"] = tuple(cells.tolist())
+    return found
+
+
+def _frames(columns: Columns, assignment: Assignment, grains: tuple[Grain, ...], change: Integers) -> Floats:
+    """(n, 2, 2) vectors around each column, in the order of its crystal's first grain.
+
+    They are the median of the nine nearest columns' in the grain, with the grain's own vectors in place of odd ones
+    (which cores and faults make)."""
+    number = assignment.grain.clip(0)
+    own = np.array([g.vectors for g in assignment.grains])
+    into = change @ np.array([g.vectors for g in grains]) @ np.linalg.inv(own)  # of the cell as it was assigned
     frames = local_lattice(columns, assignment).vectors
     with np.errstate(invalid="ignore"):
-        odd = ~(np.abs((frames - own) @ np.linalg.inv(own)) < _ODD).all(axis=(1, 2))
-    frames = change @ np.where(odd[:, None, None], own, frames)
+        odd = ~(np.abs((frames - own[number]) @ np.linalg.inv(own)[number]) < _ODD).all(axis=(1, 2))
+    frames = into[number] @ np.where(odd[:, None, None], own[number], frames)
     sited = np.flatnonzero((assignment.grain >= 0) & (assignment.site >= 0))
     near = np.asarray(cKDTree(columns.position[sited]).query(columns.position[sited], min(9, len(sited)))[1])
     same = assignment.grain[sited][near] == assignment.grain[sited][:, None]
@@ -174,9 +220,10 @@ def _vacancies(columns: Columns, assignment: Assignment, spacing: float, shape: 
         asked = np.asarray(cKDTree(columns.vacant).query(place)[0]) < 0.4 * spacing
     found = []
     for k in chosen:
-        overlooked = _overlooked(columns, assignment, place, site, grain, int(k)) * (_ASKED if asked[k] else 1.0)
+        overlooked = _overlooked(columns, assignment, place, site, grain, int(k), bool(asked[k]))
         p = _VACANCIES / (_VACANCIES + (1 - _VACANCIES) * overlooked)
-        found.append(Defect("vacancy", place[k][None, :], float(p), {"site": int(site[k]), "grain": int(grain[k])}))
+        if p > 0.5:
+            found.append(Defect("vacancy", place[k][None, :], float(p), {"site": int(site[k]), "grain": int(grain[k])}))
     return tuple(found)
 
 
@@ -189,27 +236,35 @@ def _lonely(some: tuple[Defect, ...], others: tuple[Defect, ...], spacing: float
 
 
 def _overlooked(
-    columns: Columns, assignment: Assignment, place: Floats, site: Integers, grain: Integers, number: int
+    columns: Columns,
+    assignment: Assignment,
+    place: Floats,
+    site: Integers,
+    grain: Integers,
+    number: int,
+    asked: bool,
 ) -> float:
     """Chance that a column of this site is not found here.
 
     A Gaussian's centre is known to w times the relative deviation of its amplitude, so w / sigma is the amplitude in
-    deviations; what noise may take from it is the rest above the threshold. It is judged by the weaker of the columns
-    around. Where several places of this site are empty together, the share of them is the chance if it is larger.
+    deviations. Noise must take half of it where the image was asked at this very place, else what is above the
+    threshold of a column that stands alone. It is judged by the weaker of the columns around. Where several places of
+    this site are empty together, the share of them is the chance if it is larger.
     """
     like = np.flatnonzero((assignment.site == site[number]) & (assignment.grain == grain[number]))
     near = like[np.argsort(((columns.position[like] - place[number]) ** 2).sum(axis=1))[:_AROUND]]
     sigma = np.sqrt((columns.sigma[near] ** 2).mean(axis=1))
     strength = columns.width[near] / np.where(sigma > 0, sigma, np.inf)
     strength = np.where(sigma > 0, strength, 1e3)
-    alone = float(stats.norm.sf(np.quantile(strength, 0.25) - _FOUND)) if len(near) else 1.0
+    weaker = float(np.quantile(strength, 0.25)) if len(near) else 0.0
+    alone = float(stats.norm.sf(weaker / 2 if asked else weaker - _FOUND))
     radius = np.hypot(*(columns.position[near] - place[number]).T).max() if len(near) else 0.0
     also = (site == site[number]) & (grain == grain[number])
     empty = int((np.hypot(*(place[also] - place[number]).T) <= radius).sum()) - 1
     return max(alone, empty / (empty + len(near))) if empty > 1 else alone
 
 
-def _dopants(columns: Columns, assignment: Assignment, frames: Floats) -> tuple[Defect, ...]:
+def _dopants(columns: Columns, assignment: Assignment, kind: Integers, frames: Floats) -> tuple[Defect, ...]:
     """Columns that differ from their neighbours of the same site along every line.
 
     The brightness is compared with the median of two neighbours on either side, along four lines, and the smallest
@@ -220,17 +275,17 @@ def _dopants(columns: Columns, assignment: Assignment, frames: Floats) -> tuple[
     tested = []
     for number in range(len(assignment.grains)):
         own = (assignment.grain == number) & ~_doubtful(columns)
-        for site in sorted(set(assignment.site[own].tolist()) - {-1}):
-            members = np.flatnonzero(own & (assignment.site == site))
+        for alike in sorted(set(kind[own].tolist()) - {-1}):
+            members = np.flatnonzero(own & (kind == alike))
             if len(members) >= _FEWEST:
-                tested.append((site, members, *_contrast(columns, members, frames[members])))
-    total = sum(int(np.isfinite(z).sum()) for _, _, _, z, _, _ in tested)
+                tested.append((members, *_contrast(columns, members, frames[members])))
+    total = sum(int(np.isfinite(z).sum()) for _, _, z, _, _ in tested)
     found = []
-    for site, members, ratio, z, sigma, freedom in tested:
+    for members, ratio, z, sigma, freedom in tested:
         chance = 2 * stats.t.sf(np.abs(z), freedom) * total
         for k in np.flatnonzero(chance < _FALSE_ALARMS):
             detail = {
-                "site": site,
+                "site": int(assignment.site[members[k]]),
                 "ratio": float(1 + ratio[k]),
                 "ratio_sigma": float(sigma[k]),
                 "z_score": float(z[k]),

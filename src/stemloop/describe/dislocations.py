@@ -18,6 +18,8 @@ Floats = NDArray[np.float64]
 
 #: Bonds of the loop around a core that are farther than this part of a cell from a lattice vector tell nothing.
 _LARGEST_MISS = 0.4
+#: Most rings of triangles by which the loop is widened until its bonds are clear.
+_RINGS = 3
 
 
 def burgers(whole: Net, vectors: Floats, chosen: NDArray[np.bool_] | None = None) -> Floats:
@@ -35,7 +37,8 @@ def dislocations(position: Floats, vectors: Floats, whole: Net) -> tuple[Defect,
 
     Triangles whose steps do not add up to nothing are joined where they touch (a column that is out of place opens
     several that close together); what stays open is a dislocation, if the loop around it consists of bonds that are
-    lattice vectors beyond doubt. A core at the rim of the crystal, around which no loop runs, is left out.
+    lattice vectors beyond doubt (it is widened by up to three rings for that). Cores inside one loop count as one. A
+    core at the rim of the crystal, around which no loop runs, is left out.
 
     Parameters
     ----------
@@ -43,40 +46,43 @@ def dislocations(position: Floats, vectors: Floats, whole: Net) -> tuple[Defect,
 
     Returns
     -------
-    Defects of kind ``dislocation``: place (1, 2) of the core, good to about a cell; detail ``burgers`` (row, col) [px],
-    ``burgers_cells`` (in a1, a2) and ``loop``, the number of bonds around it. p : the chance that no bond of the loop
+    Defects of kind ``dislocation``: place (1, 2) of the core, good to about a cell; detail ``burgers`` (row, col) [px]
+    and ``loop``, the number of bonds around it. p : the chance that no bond of the loop
     was rounded wrongly.
     """
-    closure = whole.closure
+    opened = (whole.closure != 0).any(axis=1)
     spread = max(0.03, 1.4826 * float(np.median(np.abs(whole.miss)))) if len(whole.miss) else 0.03
     outer = np.zeros(len(position), dtype=bool)
     outer[whole.bond[whole.rim].ravel()] = True
-    found = []
-    for island in islands(whole.triangle, (closure != 0).any(axis=1), len(position)):
-        total = closure[island].sum(axis=0)
-        if not total.any():
+    seen = np.zeros(len(opened), dtype=bool)
+    found: list[tuple[NDArray[np.int64], Defect]] = []
+    for island in islands(whole.triangle, opened, len(position)):
+        inside = np.zeros(len(opened), dtype=bool)
+        inside[island] = True
+        for _ in range(_RINGS):
+            inside = _grown(whole, inside, len(position))
+            border, sense = whole.around(inside)
+            worst = np.abs(whole.miss[border]).max(axis=1)
+            if worst.max() <= _LARGEST_MISS:
+                break
+        if seen[island].any() or outer[whole.triangle[island]].any() or worst.max() > _LARGEST_MISS:
             continue
-        near = np.zeros(len(position), dtype=bool)
-        near[whole.triangle[island].ravel()] = True
-        grown = near[whole.triangle].any(axis=1)
-        border, _ = whole.around(grown)
-        worst = np.abs(whole.miss[border]).max(axis=1)
-        if outer[near].any() or worst.max() > _LARGEST_MISS:
+        within = np.flatnonzero(inside & opened)
+        found = [(known, defect) for known, defect in found if not inside[known].any()]  # a wider loop holds them
+        seen[within] = True
+        cells = -(whole.step[border] * sense[:, None]).sum(axis=0)
+        if not cells.any():
             continue
-        share = np.maximum(closure[island] @ total, 0)
-        core = (position[whole.triangle[island]].mean(axis=1) * (share / share.sum())[:, None]).sum(axis=0)
+        share = np.maximum(whole.closure[within] @ -cells, 0)
+        core = (position[whole.triangle[within]].mean(axis=1) * (share / share.sum())[:, None]).sum(axis=0)
         sure = float(np.prod(1 - stats.norm.sf((0.5 - worst) / spread) - stats.norm.sf((0.5 + worst) / spread)))
-        cells = -total
-        found.append(
-            Defect(
-                "dislocation",
-                core[None, :],
-                sure,
-                {
-                    "burgers": tuple((cells @ vectors).tolist()),
-                    "burgers_cells": tuple(cells.tolist()),
-                    "loop": len(border),
-                },
-            )
-        )
-    return tuple(found)
+        detail = {"burgers": tuple((cells @ vectors).tolist()), "loop": len(border)}
+        found.append((within, Defect("dislocation", core[None, :], sure, detail)))
+    return tuple(defect for _, defect in found)
+
+
+def _grown(whole: Net, chosen: NDArray[np.bool_], points: int) -> NDArray[np.bool_]:
+    """The triangles ``chosen`` (t,) and all that share a point with them."""
+    near = np.zeros(points, dtype=bool)
+    near[whole.triangle[chosen].ravel()] = True
+    return np.asarray(near[whole.triangle].any(axis=1))
