@@ -145,7 +145,7 @@ def analyze(
     executor : where frames are analysed: ``local`` (processes here), ``dask`` or ``slurm``. workers : how many at once;
         as many as there are cores if None. scheduler : address of a running Dask cluster. slurm_options : more words
         for ``sbatch``.
-    overwrite : begin again where ``out`` holds another analysis.
+    overwrite : begin again, whatever ``out`` holds of this or another analysis.
     memory_MB : most memory of the process that reads the file.
     progress : called with (step, done, of how many).
 
@@ -245,7 +245,7 @@ def _begin(folder: Path, key: dict[str, Any], overwrite: bool) -> None:
     """Note what is analysed in ``folder``, or see that it is the same as before."""
     path = folder / "analysis.json"
     text = (json.dumps(key, indent=1, sort_keys=True) + "\n").encode()
-    if path.exists() and path.read_bytes() != text:
+    if path.exists() and (overwrite or path.read_bytes() != text):
         if not overwrite:
             raise InputError(
                 f"{folder} holds the analysis of another file, or one with other options or by another version; "

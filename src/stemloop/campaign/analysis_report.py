@@ -582,7 +582,10 @@ class _View:
             return ""
         if one.size == 0:
             return _section("Seen before?", "The library was empty; the elements of this image are its first.", "")
-        rows = "".join(self._sighting(seen) for seen in one.seen)
+        rows = "".join(self._sighting(seen) for seen in one.seen if seen.others)
+        new = [f"{seen.what} at ({seen.place[0]:.0f}, {seen.place[1]:.0f})" for seen in one.seen if not seen.others]
+        if new:
+            rows += f"<p>Not seen in another image: {html.escape(', '.join(new))}.</p>"
         words = (
             f"The library held {_grouped(one.size)} elements. Left, an element of this image; then its nearest likes in "
             "other images. The chance is how often noise puts equal surroundings so far apart."
@@ -603,17 +606,27 @@ class _View:
             )
             for other in seen.others
         )
-        none = "" if seen.others else "<figure><figcaption>not seen in another image</figcaption></figure>"
-        return f'<div class="patches">{own}{others}{none}</div>'
+        return f'<div class="patches">{own}{others}</div>'
 
     # -------------------------------------------------------------------------------------------------------- the end
 
     def candidates(self) -> str:
         one = self.found.calibration
-        rows = [] if one is None else list(one.candidates)[:8]
-        if not rows:
+        if one is None or not one.candidates:
             return ""
-        return ""
+        rows = [
+            [f"{match.material}{match.zone_axis}", f"{1e12 * match.pixel_size_m:.3f} pm",
+             "" if match.ratio is None else f"{100 * (match.ratio - 1):+.1f} %", f"{100 * match.distortion:.1f} %",
+             f"{100 * match.p:.0f} %"]
+            for match in one.candidates[:8]
+        ]  # fmt: skip
+        words = (
+            "Known materials whose lattice has this shape, the size of a pixel that each would mean, how far that is from "
+            "the stated one, how far the image is distorted then, and how probable it is among those compared. Name the "
+            "material if you know it."
+        )
+        head = ["material and zone axis", "a pixel would be", "against the stated", "distortion", "chance"]
+        return _section("What the lattice may be", words, _table(head, rows))
 
     def absent(self) -> str:
         said = [*self.a.notes, *(f"Left out: {part}, because {why}" for part, why in self.a.left_out)]

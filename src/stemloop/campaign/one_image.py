@@ -13,28 +13,18 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from stemloop.core.errors import InputError, StemloopError
+from stemloop.core.errors import InputError, MissingExtra, StemloopError
 from stemloop.core.protocols import PixelSize
 from stemloop.core.structure import Assignment, Columns, Defect
 from stemloop.describe import find_columns
+from stemloop.describe.defects import find_defects
+from stemloop.describe.lattices import assign
+from stemloop.describe.materials import Calibration, check_pixel_size
+from stemloop.describe.phases import Phases, phases
+from stemloop.describe.polar import Polar, polar, vortices, walls
+from stemloop.describe.strain import Strain, strain_of
 
-Calibration = Phases = Polar = Strain = Any
 T = TypeVar("T")
-
-
-def _late(module: str, name: str) -> Any:
-    def call(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(f"stemloop.describe.{module}"), name)(*arguments)
-
-    return call
-
-
-assign = _late("lattices", "assign")
-check_pixel_size = _late("materials", "check_pixel_size")
-phases = _late("phases", "phases")
-polar, walls, vortices = _late("polar", "polar"), _late("polar", "walls"), _late("polar", "vortices")
-strain_of = _late("strain", "strain_of")
-find_defects = _late("defects", "find_defects")
 
 FINDERS = ("classical", "network")
 #: A larger share of pixels at the brightest value is called saturated.
@@ -85,7 +75,7 @@ class _Steps:
             return step()
         except StemloopError as error:
             self.left_out.append((part, str(error)))
-        except (ArithmeticError, LookupError, ValueError, TypeError, ImportError) as error:
+        except (ArithmeticError, LookupError, ValueError, TypeError) as error:
             said = " ".join(str(error).split())[:160]
             self.left_out.append((part, f"this step failed on this image ({type(error).__name__}: {said})."))
         return None
@@ -96,9 +86,11 @@ def finder(name: str) -> Callable[..., Columns]:
     if name == "classical":
         return find_columns
     if name == "network":
-        from stemloop.describe.network import find_columns as by_network
-
-        return by_network
+        try:
+            found: Callable[..., Columns] = importlib.import_module("stemloop.describe.network").find_columns
+        except ModuleNotFoundError:
+            raise MissingExtra("this stemloop has no network that finds columns; use the classical finder.") from None
+        return found
     raise InputError(f"no column finder is called {name!r}; known: {', '.join(FINDERS)}.")
 
 

@@ -24,7 +24,7 @@ def add(verbs: Any) -> None:
     verb.add_argument("--workers", type=int, metavar="N", help="frames at once (default: one a core)")
     verb.add_argument("--scheduler", metavar="ADDRESS", help="of a running Dask cluster, such as tcp://host:8786")
     verb.add_argument("--slurm", action="append", default=[], metavar="WORD", help="one more word for sbatch")
-    verb.add_argument("--overwrite", action="store_true", help="begin again where DIR holds another analysis")
+    verb.add_argument("--overwrite", action="store_true", help="begin again, whatever DIR holds of an analysis")
     verb.add_argument("--memory-MB", type=float, default=2048.0, metavar="M", help="of the file's reader (2048)")
     verb.add_argument("--worker", type=Path, metavar="DIR", help="only do frames of the analysis in DIR (for clusters)")
     verb.add_argument("--part", default="0/1", metavar="K/N", help="with --worker: every Nth frame from K on")
