@@ -10,8 +10,18 @@ from collections.abc import Sequence
 
 from stemloop import __version__
 from stemloop.commands import (
-    analyze, audit, bench, convert, experiment, file, gateway, instrument, library, reduce, transfer,
-)  # fmt: skip
+    analyze,
+    audit,
+    bench,
+    convert,
+    experiment,
+    file,
+    gateway,
+    instrument,
+    library,
+    reduce,
+    transfer,
+)
 from stemloop.core.errors import InstrumentError, LeaseError, StemloopError
 
 

@@ -97,7 +97,7 @@ def test_the_folder_holds_what_is_promised(analysed):
 
 def test_the_page_needs_nothing_else(analysed):
     page = (analysed[0] / "out" / "report.html").read_text(encoding="utf-8")
-    for word in ("http://", "https://", "<script", "src=\"/", "url("):
+    for word in ("http://", "https://", "<script", 'src="/', "url("):
         assert word not in page
     for heading in ("Is the scale right?", "The lattice", "Strain", "Defects", "Where it comes from"):
         assert heading in page
@@ -148,7 +148,9 @@ def test_the_same_again_is_not_done_again_and_something_else_is_refused(tmp_path
     assert sums(tmp_path / "out") == before
     with pytest.raises(InputError, match="--overwrite"):
         analyze(image, tmp_path / "out", pixel_size_nm=0.02)
-    assert analyze(image, tmp_path / "out", pixel_size_nm=0.02, overwrite=True).pixel_size.value_m == pytest.approx(2e-11)
+    assert analyze(image, tmp_path / "out", pixel_size_nm=0.02, overwrite=True).pixel_size.value_m == pytest.approx(
+        2e-11
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ stacks
@@ -254,7 +256,12 @@ def test_dask_gives_the_same_bytes(moving, tmp_path):
     folder, _, _ = moving
     pytest.importorskip("distributed", reason="Dask is not installed")
     analyze(
-        folder / "stack.npy", tmp_path / "out", pixel_size_nm=PIXEL_PM / 1e3, frame_time_s=0.5, executor="dask", workers=2
+        folder / "stack.npy",
+        tmp_path / "out",
+        pixel_size_nm=PIXEL_PM / 1e3,
+        frame_time_s=0.5,
+        executor="dask",
+        workers=2,
     )
     assert sums(tmp_path / "out") == sums(folder / "out")
 
@@ -364,7 +371,9 @@ def test_wrong_words_end_with_how_to_mend_them(tmp_path, monkeypatch, capsys, wo
 
 
 @pytest.mark.parametrize(
-    "words", [{"finder": "oracle"}, {"executor": "moon"}, {"pixel_size_nm": -1.0}, {"workers": 0}], ids=lambda w: next(iter(w))
+    "words",
+    [{"finder": "oracle"}, {"executor": "moon"}, {"pixel_size_nm": -1.0}, {"workers": 0}],
+    ids=lambda w: next(iter(w)),
 )
 def test_options_that_mean_nothing_are_refused(tmp_path, words):
     with pytest.raises(InputError):

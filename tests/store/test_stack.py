@@ -47,7 +47,9 @@ def test_a_converted_stack_is_chunked_by_frame(tmp_path):
     convert(tmp_path / "stack.npy", tmp_path / "stack.h5")
     chunks = []
     with h5py.File(tmp_path / "stack.h5") as file:
-        file.visititems(lambda _, item: chunks.append(item.chunks) if getattr(item, "shape", ()) == (6, 160, 160) else None)
+        file.visititems(
+            lambda _, item: chunks.append(item.chunks) if getattr(item, "shape", ()) == (6, 160, 160) else None
+        )
     assert chunks and all(chunk == (1, 160, 160) for chunk in chunks)
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,6 @@ from stemloop.campaign.one_image import FINDERS, Understood, Wanted, understand
 from stemloop.campaign.remembering import Remembered
 from stemloop.core.errors import InputError, StemloopError, StorageError, from_code
 from stemloop.core.protocols import PixelSize
-from stemloop.core.structure import Columns
 from stemloop.store.stack import Stack, open_stack
 
 T = TypeVar("T")
@@ -43,7 +42,8 @@ class Analysis:
     name : of the file. shape : (frames, rows, columns). pixel_size : after the lattice was asked. image : the image
     that was read (a single one), or the average of the registered frames. found : what is known of that image.
     bad : frame to reason, of the frames that could not be used. registration, motion : of a stack, else None.
-    remembered : what the library knows that looks alike, if one was given. notes, left_out : sentences; what there is not, and why.
+    remembered : what the library knows that looks alike, if one was given. notes, left_out : sentences; what there is
+    not, and why.
     """
 
     folder: Path
@@ -227,10 +227,10 @@ def _source(source: Any, folder: Path) -> tuple[Path, str, str]:
     path = folder / "source.npy"
     digest = hashlib.sha256(f"{data.shape} {data.dtype.str}".encode())
     digest.update(data.data)
-    part = folder / ".source.npy.part"
-    with open(part, "wb") as file:
-        np.save(file, data, allow_pickle=False)
-    os.replace(part, path)
+    draft = folder / ".source.npy.part"
+    with open(draft, "wb") as out:
+        np.save(out, data, allow_pickle=False)
+    os.replace(draft, path)
     return path, "array", digest.hexdigest()
 
 
@@ -257,7 +257,12 @@ def _begin(folder: Path, key: dict[str, Any], overwrite: bool) -> None:
 
 def _clear(folder: Path) -> None:
     """Remove the results of an analysis."""
-    for old in (*folder.glob("frames/*.npz"), *folder.glob("frames/*.bad"), *folder.glob("*.npz"), *folder.glob("*.bad")):
+    for old in (
+        *folder.glob("frames/*.npz"),
+        *folder.glob("frames/*.bad"),
+        *folder.glob("*.npz"),
+        *folder.glob("*.bad"),
+    ):
         old.unlink(missing_ok=True)
 
 
@@ -267,16 +272,12 @@ def _clear(folder: Path) -> None:
 class _Run:
     """One analysis on its way: its frames, then what they say together."""
 
-    def __init__(
-        self, folder: Path, name: str, stack: Stack, size: PixelSize, wanted: Wanted, tell: Progress
-    ) -> None:
+    def __init__(self, folder: Path, name: str, stack: Stack, size: PixelSize, wanted: Wanted, tell: Progress) -> None:
         self.folder, self.name, self.stack, self.size, self.wanted, self.tell = folder, name, stack, size, wanted, tell
         self.notes: list[str] = list(stack.notes)
         self.left_out: list[tuple[str, str]] = []
 
-    def frames(
-        self, executor: str, workers: int | None, scheduler: str | None, slurm_options: tuple[str, ...]
-    ) -> None:
+    def frames(self, executor: str, workers: int | None, scheduler: str | None, slurm_options: tuple[str, ...]) -> None:
         """Analyse every frame that is not yet."""
         count = len(self.stack)
         missing = [k for k in range(count) if not frames_.done(self.folder, k)]

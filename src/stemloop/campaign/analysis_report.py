@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from stemloop.campaign import packed
-from stemloop.campaign.analysis_summary import calibration_sentence, length, phase_names
-from stemloop.campaign.report import _INK, _STYLE, _bare, _grouped, _plain, _png, _quiet, _section, _shown
+from stemloop.campaign.analysis_summary import calibration_sentence, length
+from stemloop.campaign.report import _STYLE, _bare, _grouped, _plain, _png, _quiet, _section, _shown
 from stemloop.core.structure import Defect
 
 if TYPE_CHECKING:
@@ -148,7 +148,11 @@ class _View:
         )
         rows, columns = self.a.shape[1:]
         what = f"A stack of {frames} frames" if frames > 1 else "An image"
-        field = "" if self.pixel_m is None else f", {_plain(columns * self.pixel_m * 1e9)} nm × {_plain(rows * self.pixel_m * 1e9)} nm"
+        field = (
+            ""
+            if self.pixel_m is None
+            else f", {_plain(columns * self.pixel_m * 1e9)} nm × {_plain(rows * self.pixel_m * 1e9)} nm"
+        )
         return (
             '<header><p class="kicker">From image to structure</p>'
             f"<h1>{html.escape(self.a.name)}</h1>"
@@ -251,7 +255,8 @@ class _View:
             if numbered and k < _MOST_ROWS:
                 middle = place[len(place) // 2]
                 axis.annotate(str(k + 1), (middle[1], middle[0]), (5, 5), textcoords="offset points", fontsize=7,
-                              color="white", bbox={"facecolor": "black", "alpha": 0.55, "pad": 0.8, "edgecolor": "none"},
+                              color="white",
+                              bbox={"facecolor": "black", "alpha": 0.55, "pad": 0.8, "edgecolor": "none"},
                               annotation_clip=True)  # fmt: skip
 
     def marked(self) -> str:
@@ -276,9 +281,11 @@ class _View:
         else:
             side = self._zoom()
             middle = np.array([self.height, self.width]) / 2
-            inside = (np.abs(self.place - middle) < side / 2).all(axis=1)
+            inside = np.asarray((np.abs(self.place - middle) < side / 2).all(axis=1))
             self._columns(axes[1], inside)
-            axes[1].set(xlim=(middle[1] - side / 2, middle[1] + side / 2), ylim=(middle[0] + side / 2, middle[0] - side / 2))
+            axes[1].set(
+                xlim=(middle[1] - side / 2, middle[1] + side / 2), ylim=(middle[0] + side / 2, middle[0] - side / 2)
+            )
             self._scale_bar(axes[1], side)
             axes[1].set_title(f"atom columns, the middle {side:.0f} × {side:.0f} px", fontsize=10)
             words += "There are too many columns to mark all: the tables have them. "
@@ -287,7 +294,9 @@ class _View:
             words += "Numbers are those of the list of defects."
         if not len(self.place):
             words = "No atom column was found, so nothing is marked."
-        return _section("The image and its atom columns", words.strip(), _png(figure, f"image and columns of {self.a.name}"))
+        return _section(
+            "The image and its atom columns", words.strip(), _png(figure, f"image and columns of {self.a.name}")
+        )
 
     def _zoom(self) -> float:
         return float(min(self.height, self.width, self.spacing * np.sqrt(1500)))
@@ -345,7 +354,11 @@ class _View:
         if variants:
             angles = ", ".join(f"{np.degrees(a):.0f}°" for a in field.direction)
             words += f"{variants} variants, towards {angles} (from +x towards +y). "
-        words += "Lines are domain walls, stars are vortices." if any(d.kind in ("domain-wall", "vortex") for d in self.found.defects) else ""
+        words += (
+            "Lines are domain walls, stars are vortices."
+            if any(d.kind in ("domain-wall", "vortex") for d in self.found.defects)
+            else ""
+        )
         return _section("Polar displacements", words, _png(figure, "polar displacements"))
 
     def _defect_lines(self, axis: Any) -> None:
@@ -383,7 +396,8 @@ class _View:
         _bar(figure, shown, axes[1], unit)
         words = (
             "Each column against the place where the columns around it expect it. "
-            f"Typically {length(typical, self.pixel_m)}; noise alone would give about {length(0.83 * noise, self.pixel_m)}."
+            f"Typically {length(typical, self.pixel_m)}; noise alone would give about "
+            f"{length(0.83 * noise, self.pixel_m)}."
         )
         if self.found.polar is not None and len(self.found.polar):
             words += " The cells show no polar displacement that stands out of the noise."
@@ -413,7 +427,8 @@ class _View:
             noise.append(float(np.nanmedian(sigma)) * factor)
         words = (
             "Against the mean lattice of the grain: x to the right, y down, the rotation clockwise on the screen. "
-            f"A value's own deviation is typically {noise[0]:.2g} %, {noise[1]:.2g} %, {noise[2]:.2g} % and {noise[3]:.2g} mrad."
+            f"A value's own deviation is typically {noise[0]:.2g} %, {noise[1]:.2g} %, {noise[2]:.2g} % and "
+            f"{noise[3]:.2g} mrad."
         )
         return _section("Strain", words, _png(figure, "strain maps"))
 
@@ -422,22 +437,27 @@ class _View:
         told = self.s["phases"]
         if found is None or len(told) < 2:
             return ""
-        figure, (axis,) = self._figure(1)
-        self._show(axis)
+        figure, axes = self._figure(2)
         known = found.label >= 0
-        label = found.label[known].astype(float)
-        painted = self._painted(self.place[known], label)
+        painted = self._painted(self.place[known], found.label[known].astype(float))
         colours = ListedColormap([_COLOURS[k % len(_COLOURS)] for k in range(len(told))])
-        axis.imshow(painted, extent=self._extent(), cmap=colours, vmin=-0.5, vmax=len(told) - 0.5, alpha=0.38,
-                    interpolation="nearest")  # fmt: skip
-        self._scale_bar(axis)
+        for axis, strength, title in zip(axes, (0.3, 1.0), ("over the image", "alone"), strict=True):
+            self._show(axis)
+            axis.imshow(
+                painted, extent=self._extent(), cmap=colours, vmin=-0.5, vmax=len(told) - 0.5, alpha=strength,
+                interpolation="nearest",
+            )  # fmt: skip
+            axis.set_title(title, fontsize=10)
+        self._scale_bar(axes[0])
         rows = [
-            [_Raw(f'<span class="swatch" style="background:{_COLOURS[k % len(_COLOURS)]}"></span>{html.escape(one["name"])}'),
+            [_Raw(_swatch(_COLOURS[k % len(_COLOURS)]) + html.escape(one["name"])),
              f"{100 * one['share']:.1f} %", _grouped(one["columns"]), one["description"]]
             for k, one in enumerate(told)
         ]  # fmt: skip
         words = "Columns whose surroundings look alike are one phase. It was not told what to look for."
-        return _section("Phases", words, _png(figure, "phases") + _table(["phase", "share", "columns", "what it is"], rows))
+        return _section(
+            "Phases", words, _png(figure, "phases") + _table(["phase", "share", "columns", "what it is"], rows)
+        )
 
     def _extent(self) -> tuple[float, float, float, float]:
         return (-0.5, self.width - 0.5, self.height - 0.5, -0.5)
@@ -463,13 +483,17 @@ class _View:
             return ""
         found = self.found.defects
         if not found:
-            return _section("Defects", "None was found: every column is where the lattice expects one, and as bright.", "")
+            return _section(
+                "Defects", "None was found: every column is where the lattice expects one, and as bright.", ""
+            )
         rows = [
             [str(k + 1), one.kind, self._where(one), f"{100 * one.p:.3g} %", _details(one)]
             for k, one in enumerate(found[:_MOST_ROWS])
         ]
         more = f"The first {_MOST_ROWS} of {len(found)}; all are in summary.json. " if len(found) > _MOST_ROWS else ""
-        words = more + "Places are (row, column) in pixels; of a line, its two ends. The chance is that it is there at all."
+        words = (
+            more + "Places are (row, column) in pixels; of a line, its two ends. The chance is that it is there at all."
+        )
         return _section("Defects", words, _table(["", "kind", "where", "chance", "details"], rows))
 
     @staticmethod
@@ -502,8 +526,8 @@ class _View:
             told += f". A shift is known to {sigma:.2g} px"
         if drift["doubtful_frames"]:
             told += (
-                f". {drift['doubtful_frames']} frames may lie a lattice vector elsewhere (a chance above 10 %): the field "
-                "shows too little that does not repeat"
+                f". {drift['doubtful_frames']} frames may lie a lattice vector elsewhere (a chance above 10 %): the "
+                "field shows too little that does not repeat"
             )
         return told + "."
 
@@ -544,9 +568,14 @@ class _View:
         words += f"{_grouped(told['seen_in_half_of_the_frames'])} of them are seen in at least half of the frames. "
         per = "s" if moved.frame_s else "frame"
         if moved.rates is not None:
-            words += "The state of a site is that of each frame alone, so a column that is misjudged counts as a change. "
+            words += (
+                "The state of a site is that of each frame alone, so a column that is misjudged counts as a change. "
+            )
         rows = [
-            [key.replace("_", " "), f"{value[0]:.3g} ± {value[1]:.2g}" if key.startswith(("rate", "diffusion")) else _shown(value)]
+            [
+                key.replace("_", " "),
+                f"{value[0]:.3g} ± {value[1]:.2g}" if key.startswith(("rate", "diffusion")) else _shown(value),
+            ]
             for key, value in told.items()
         ]
         body = self._far(moved, per) + _table(["", ""], rows, plain=True)
@@ -587,8 +616,8 @@ class _View:
         if new:
             rows += f"<p>Not seen in another image: {html.escape(', '.join(new))}.</p>"
         words = (
-            f"The library held {_grouped(one.size)} elements. Left, an element of this image; then its nearest likes in "
-            "other images. The chance is how often noise puts equal surroundings so far apart."
+            f"The library held {_grouped(one.size)} elements. Left, an element of this image; then its nearest likes "
+            "in other images. The chance is how often noise puts equal surroundings so far apart."
         )
         return _section("Seen before?", words, rows)
 
@@ -621,9 +650,9 @@ class _View:
             for match in one.candidates[:8]
         ]  # fmt: skip
         words = (
-            "Known materials whose lattice has this shape, the size of a pixel that each would mean, how far that is from "
-            "the stated one, how far the image is distorted then, and how probable it is among those compared. Name the "
-            "material if you know it."
+            "Known materials whose lattice has this shape, the size of a pixel that each would mean, how far that is "
+            "from the stated one, how far the image is distorted then, and how probable it is among those compared. "
+            "Name the material if you know it."
         )
         head = ["material and zone axis", "a pixel would be", "against the stated", "distortion", "chance"]
         return _section("What the lattice may be", words, _table(head, rows))
@@ -638,7 +667,11 @@ class _View:
     def provenance(self) -> str:
         s = self.s
         size = s["pixel_size"]
-        told = "not known" if size["nm"] is None else f"{1e3 * size['nm']:.5g} pm, by the {size['source']}; {size['trust']}"
+        told = (
+            "not known"
+            if size["nm"] is None
+            else f"{1e3 * size['nm']:.5g} pm, by the {size['source']}; {size['trust']}"
+        )
         rows = [
             ["file", s["file"]],
             ["SHA-256", s["sha256"]],
@@ -657,7 +690,7 @@ def _spacing(place: Floats) -> float:
     """Typical distance of a column's nearest neighbour [px]."""
     if len(place) < 2:
         return 10.0
-    return float(np.median(cKDTree(place).query(place, k=2)[0][:, 1]))
+    return float(np.median(np.asarray(cKDTree(place).query(place, k=2)[0])[:, 1]))
 
 
 def _directions(vector: Floats, strength: Floats) -> Floats:
@@ -697,6 +730,10 @@ def _bar(figure: Figure, shown: Any, axis: Any, words: str) -> None:
     bar.set_label(words, fontsize=9)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
+
+
+def _swatch(colour: str) -> str:
+    return f'<span class="swatch" style="background:{colour}"></span>'
 
 
 class _Raw(str):

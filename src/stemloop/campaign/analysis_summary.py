@@ -193,7 +193,7 @@ def defect(one: Defect) -> dict[str, Any]:
     }
 
 
-def jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:  # noqa: PLR0911 (a table of kinds)
     """``value`` as JSON can say it."""
     if isinstance(value, dict):
         return {str(key): jsonable(item) for key, item in value.items()}
@@ -255,7 +255,10 @@ def calibration_sentence(analysis: Analysis) -> str:
 def lattice_sentence(told: dict[str, Any]) -> str:
     """A lattice in words."""
     nm = "a1_nm" in told
-    one, two = (f"{told[key]:.4f} nm" if nm else f"{told[key]:.2f} px" for key in (("a1_nm", "a2_nm") if nm else ("a1_px", "a2_px")))
+    one, two = (
+        f"{told[key]:.4f} nm" if nm else f"{told[key]:.2f} px"
+        for key in (("a1_nm", "a2_nm") if nm else ("a1_px", "a2_px"))
+    )
     return (
         f"{one} × {two}, {told['angle_deg']:.1f}°, turned by {told['rotation_deg']:.1f}°, "
         f"{len(told['sites'])} site{'s' * (len(told['sites']) > 1)} a cell, {told['columns']} columns"

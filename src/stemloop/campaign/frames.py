@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import stemloop
 from stemloop.campaign import packed
@@ -217,51 +216,67 @@ class _Worker:
                     pipe.close()
 
 
-def local(folder: Path, numbers: Sequence[int], tell: Tell, workers: int) -> None:
-    """``numbers`` in ``workers`` processes of this machine, each on one thread. A process that dies or hangs is
-    replaced; the frame that it was at is tried once more, and then given up."""
-    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for k in numbers:
-        waiting.put(k)
-    seconds = job(folder).frame_s
-    stop, said, broken = threading.Event(), threading.Lock(), []
-    alive: dict[int, _Worker] = {}
+class _Crew:
+    """Processes of this machine that share frames; each is looked after by a thread."""
 
-    def work(place: int) -> None:
+    def __init__(self, folder: Path, numbers: Sequence[int], tell: Tell) -> None:
+        self._folder, self._tell, self._seconds = folder, tell, job(folder).frame_s
+        self._waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for k in numbers:
+            self._waiting.put(k)
+        self._stop, self._said = threading.Event(), threading.Lock()
+        self._workers: dict[int, _Worker] = {}
+        self._broken: list[BaseException] = []
+
+    def work(self, place: int) -> None:
+        """Do what waits, until nothing does."""
         try:
-            while not stop.is_set():
-                k = waiting.get_nowait()
-                for last in (False, True):
-                    worker = alive.get(place) or alive.setdefault(place, _Worker(folder))
-                    why = worker.does(k, seconds)
-                    if not why or stop.is_set():
-                        break
-                    alive.pop(place).kill()
-                    if last and not done(folder, k):
-                        give_up(folder, k, "error", why)
-                with said:
-                    tell(k)
+            while not self._stop.is_set():
+                k = self._waiting.get_nowait()
+                self._do(place, k)
+                with self._said:
+                    self._tell(k)
         except queue.Empty:
             return
         except BaseException as error:
-            broken.append(error)
-            stop.set()
+            self._broken.append(error)
+            self._stop.set()
 
-    threads = [threading.Thread(target=work, args=(place,)) for place in range(min(workers, max(1, len(numbers))))]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(0.2)
-    finally:
-        stop.set()
-        for worker in list(alive.values()):
-            worker.kill()
-        for thread in threads:
-            thread.join()
-    if broken:
-        raise broken[0]
+    def _do(self, place: int, k: int) -> None:
+        why = ""
+        for _ in range(2):
+            if place not in self._workers:
+                self._workers[place] = _Worker(self._folder)
+            why = self._workers[place].does(k, self._seconds)
+            if not why or self._stop.is_set():
+                return
+            self._workers.pop(place).kill()
+        if not done(self._folder, k):
+            give_up(self._folder, k, "error", why)
+
+    def run(self, workers: int) -> None:
+        """Do everything with so many processes."""
+        threads = [threading.Thread(target=self.work, args=(place,)) for place in range(workers)]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.2)
+        finally:
+            self._stop.set()
+            for worker in list(self._workers.values()):
+                worker.kill()
+            for thread in threads:
+                thread.join()
+        if self._broken:
+            raise self._broken[0]
+
+
+def local(folder: Path, numbers: Sequence[int], tell: Tell, workers: int) -> None:
+    """``numbers`` in ``workers`` processes of this machine, each on one thread. A process that dies or hangs is
+    replaced; the frame that it was at is tried once more, and then given up."""
+    _Crew(folder, numbers, tell).run(min(workers, max(1, len(numbers))))
 
 
 def on_dask(folder: Path, numbers: Sequence[int], tell: Tell, workers: int, scheduler: str | None = None) -> None:
@@ -351,9 +366,7 @@ def on_slurm(
 def _until_over(number: str, every_s: float = 1.0) -> Iterator[bool]:
     """Whether a job has left Slurm's queue, asked now and then; True comes last, once, a little after it left."""
     while True:
-        listed = subprocess.run(
-            ["squeue", "--noheader", "--jobs", number], capture_output=True, text=True, check=False
-        )
+        listed = subprocess.run(["squeue", "--noheader", "--jobs", number], capture_output=True, text=True, check=False)
         if not listed.stdout.strip():
             time.sleep(2 * every_s)  # a shared disk may show the last files late
             yield True

@@ -30,9 +30,7 @@ class Motion:
     frame_s: float | None
 
 
-def motion(
-    frames: Sequence[Understood | None], shift: NDArray[np.float64] | None, frame_s: float | None
-) -> Motion:
+def motion(frames: Sequence[Understood | None], shift: NDArray[np.float64] | None, frame_s: float | None) -> Motion:
     """Link what was found in the frames (None where a frame is of no use), each displaced by ``shift`` (n, 2) [px].
 
     A vacant place of the lattice is linked like a column, so that a site that is emptied or filled is one track that

@@ -57,7 +57,7 @@ def read(path: Path) -> Any:
         raise IntegrityError(f"{path} is damaged or of another version ({error}); remove it and run again.") from None
 
 
-def _fold(value: Any, arrays: dict[str, NDArray[Any]]) -> Any:
+def _fold(value: Any, arrays: dict[str, NDArray[Any]]) -> Any:  # noqa: PLR0911 (a table of kinds)
     if isinstance(value, np.ndarray):
         name = f"a{len(arrays)}"
         arrays[name] = value

@@ -53,7 +53,7 @@ def remember(
     point = [d for d in found.defects if len(np.atleast_2d(d.place)) == 1]
     places = np.concatenate([columns.position, *(np.atleast_2d(d.place) for d in point)])
     prints = fingerprints(image, columns, places)
-    inside = np.isfinite(prints).all(axis=1)
+    inside = np.asarray(np.isfinite(prints).all(axis=1))
     unit = unit_px(columns)
     spread = scatter(prints[: len(columns)], columns.sublattice)
     pictures = patches(image, places, unit) if len(places) <= _MOST_PICTURES else None
@@ -75,9 +75,7 @@ def remember(
     with Library(path, dimension=DIMENSION) as library:
         size = len(library)
         asked = _questions(found, prints, inside, len(columns), [d.kind for d in point])
-        seen = tuple(
-            _seen(library, what, i, image, places, prints, unit, spread, sha256) for i, what in asked if size
-        )
+        seen = tuple(_seen(library, what, i, image, places, prints, unit, spread, sha256) for i, what in asked if size)
         added = library.add(elements, source, sha256)
     return Remembered(seen, size, added)
 

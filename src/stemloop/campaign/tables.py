@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def table(
     for name in ROW.names or ():
         rows[name] = np.nan if ROW[name].kind == "f" else False if ROW[name].kind == "b" else -1
     plain = columns.table()
-    for name in plain.dtype.names:
+    for name in plain.dtype.names or ():
         rows[name] = plain[name]
     rows["frame"] = frame
     if pixel_m is not None:
@@ -105,7 +106,7 @@ def _lines(rows: NDArray[Any]) -> Iterable[str]:
         kind = ROW[name].kind
         values = rows[name].tolist()
         if kind == "f":
-            texts.append(["" if value != value else f"{value:.9g}" for value in values])
+            texts.append(["" if math.isnan(value) else f"{value:.9g}" for value in values])
         else:
             texts.append([str(int(value)) for value in values])
     return (",".join(row) + "\n" for row in zip(*texts, strict=True))

@@ -142,7 +142,7 @@ def _choose(found: list[lazy.Found], which: int | str | None, name: str) -> int:
     return max(images, key=lambda k: ("haadf" in titles[k].lower(), math.prod(found[k].shape), -k))
 
 
-def _refused(entry: lazy.Found) -> str:
+def _refused(entry: lazy.Found) -> str:  # noqa: PLR0911 (a table of reasons)
     """Why a dataset is no image or stack of images, as the end of a sentence; empty if it is one."""
     shape, axes = entry.shape, entry.axes
     said = " x ".join(map(str, shape))
@@ -160,7 +160,9 @@ def _refused(entry: lazy.Found) -> str:
     if axes[-1].unit == "1/m" and axes[-2].unit == "1/m":
         return f"is a diffraction pattern ({said}, steps in 1/m), not an image of the specimen."
     if min(shape[-2:]) < SMALLEST_PX:
-        return f"holds images of {shape[-2]} x {shape[-1]} px; atom columns need at least {SMALLEST_PX} x {SMALLEST_PX}."
+        return (
+            f"holds images of {shape[-2]} x {shape[-1]} px; atom columns need at least {SMALLEST_PX} x {SMALLEST_PX}."
+        )
     return "" if math.prod(shape) else f"is empty ({said})."
 
 
