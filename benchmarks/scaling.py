@@ -21,12 +21,12 @@ from pathlib import Path
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[name] = "1"
 
-import numpy as np
+import numpy as np  # noqa: E402
 
-from stemloop.campaign import frames
-from stemloop.campaign.one_image import Wanted, understand
-from stemloop.core.protocols import PixelSize
-from stemloop.simulate import pictures
+from stemloop.campaign import frames  # noqa: E402
+from stemloop.campaign.one_image import Wanted, understand  # noqa: E402
+from stemloop.core.protocols import PixelSize  # noqa: E402
+from stemloop.simulate import pictures  # noqa: E402
 
 PIXEL_PM, DOSE = 15.0, 1e4
 ATOMAP_CPU_S = 188.0

@@ -14,7 +14,7 @@ __all__ = ["aconnect", "analyze", "connect"]
 
 
 def __getattr__(name: str) -> Any:
-    """``analyze``, ``connect`` and ``aconnect`` are fetched when they are first used: ``import stemloop`` costs nothing."""
+    """``analyze``, ``connect`` and ``aconnect`` are fetched when first used: ``import stemloop`` costs nothing."""
     if name == "analyze":
         from stemloop.campaign.analysis import analyze
 

@@ -41,11 +41,9 @@ def _collect(name: str, value: Any, step_A: float | None, found: list[Signal], d
         _add(name, value, step_A, found)
     elif depth < _DEEPEST:
         step = getattr(value, "dx", None)
-        known = isinstance(step, (int, float)) and math.isfinite(step) and step > 0
+        known = float(step) if isinstance(step, (int, float)) and math.isfinite(step) and step > 0 else None
         for key in getattr(value, "_fieldnames", None) or ():
-            _collect(
-                f"{name}.{key}", getattr(value, key), float(step) if known and key == "obs" else None, found, depth + 1
-            )
+            _collect(f"{name}.{key}", getattr(value, key), known if key == "obs" else None, found, depth + 1)
 
 
 def _add(name: str, data: NDArray[Any], step_A: float | None, found: list[Signal]) -> None:
