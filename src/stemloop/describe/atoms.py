@@ -19,7 +19,7 @@ from stemloop.describe.brightness import sublattices
 from stemloop.describe.gaussians import Floats, Image
 from stemloop.describe.noise import Noise, noise_of
 from stemloop.describe.raster import Raster, Region, raster_of
-from stemloop.describe.scale import Scale, scale_of
+from stemloop.describe.scale import Scale, scale_of, scale_of_spots
 from stemloop.describe.sites import expected, occupancy, presence
 
 __all__ = ["find_columns", "sublattices"]
@@ -29,6 +29,8 @@ _LEAST_AMPLITUDE = 0.1
 #: A column that stands out has an amplitude of so many deviations; one that did so in a fit may have a few less in the
 #: next.
 _SIGNIFICANT, _STILL_SIGNIFICANT = 4.0, 3.0
+#: So many columns without order are no crystal.
+_MANY = 15
 #: Of the spots on a support that are taken for atoms this share may be waves of it.
 _WAVES = 0.3
 #: Of a column's core at least this share must have been measured.
@@ -92,8 +94,19 @@ def find_columns(image: NDArray[np.generic], pixel_size_nm: float | None = None)
     raster = raster_of(image)
     noise = noise_of(raster.sample(512, 4))
     scale = scale_of((levels for levels, _ in raster.sample(256, 16)), noise, pixel_size_nm)
-    found = [_own(_searched(region, raster, noise, scale), region) for region in raster.regions(_AROUND * scale.width)]
+    found = []
+    for region in raster.regions(_AROUND * scale.width):
+        part = _searched(region, raster, noise, scale)
+        if scale.periodic and _disordered(part, region):  # edges and stripes are sharp in a spectrum too
+            part = _searched(region, raster, noise, scale_of_spots([region.pixels], noise, pixel_size_nm))
+        found.append(_own(part, region))
     return _columns(_joined(found), raster)
+
+
+def _disordered(found: _Found, region: Region) -> bool:
+    """Whether there are many columns and no lattice at all."""
+    place = found.value[:, :2]
+    return len(place) >= _MANY and expected(place, region.pixels.shape, 0.0).spread == 0
 
 
 def _searched(region: Region, raster: Raster, noise: Noise, scale: Scale) -> _Found:

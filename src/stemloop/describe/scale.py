@@ -58,10 +58,10 @@ def scale_of(parts: Iterable[Image], noise: Noise, pixel_size_nm: float | None =
     if sharp[aside].any():
         width = float(np.sqrt(sharp.sum() / (sharp * frequency**2).sum()) / (2 * np.pi))
         return Scale(min(max(width, NARROWEST), WIDEST), True)
-    return Scale(_width_of_atoms(parts, noise, pixel_size_nm), False)
+    return scale_of_spots(parts, noise, pixel_size_nm)
 
 
-def _width_of_atoms(parts: list[Image], noise: Noise, pixel_size_nm: float | None) -> float:
+def scale_of_spots(parts: list[Image], noise: Noise, pixel_size_nm: float | None = None) -> Scale:
     """The width at which bright spots stand out most from what is as often bright as dark: where the filtered image is
     most skewed."""
     low, high = (s / pixel_size_nm for s in _ATOM_SIGMA_NM) if pixel_size_nm else _TRIED
@@ -69,8 +69,8 @@ def _width_of_atoms(parts: list[Image], noise: Noise, pixel_size_nm: float | Non
     tried = low * _WIDER ** np.arange(int(np.log(high / low) / np.log(_WIDER)) + 1)
     skewness = np.array([np.mean([_skewness(part, noise, width) for part in parts]) for width in tried])
     if skewness.max() < 0.1:
-        return float(min(max(_COLUMN_SIGMA_PX, low), high))
-    return float(tried[np.argmax(skewness > 0.75 * skewness.max())])
+        return Scale(min(max(_COLUMN_SIGMA_PX, low), high), False)
+    return Scale(float(tried[np.argmax(skewness > 0.75 * skewness.max())]), False)
 
 
 def _skewness(part: Image, noise: Noise, width: float) -> float:

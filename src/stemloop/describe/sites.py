@@ -27,7 +27,8 @@ _GROUP, _ASKED = 400, 100
 
 class Sites(NamedTuple):
     """``position`` (n, 2) [px] of sites, ``within`` (n,) whether columns are all around each or it is at the crystal's
-    rim, and ``spread`` [px], the 1-sigma deviation of one coordinate of a column from where its neighbours expect it."""
+    rim, and ``spread`` [px], the 1-sigma deviation of one coordinate of a column from where its neighbours expect it
+    (zero if they expect nothing)."""
 
     position: Floats
     within: NDArray[np.bool_]
