@@ -6,7 +6,7 @@ any real microscope transfers nothing) give the noise, and the noise decides wha
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,8 @@ _AROUND = 20.0
 
 class _Found(NamedTuple):
     """Columns: ``value`` and ``sigma`` (n, 4) of row, col, amplitude, ln of the width; the ``background`` under each,
-    the ``chance`` that it is there, the ``measured`` share of its core; and ``vacant`` places (m, 2)."""
+    the ``chance`` that it is there, the ``measured`` share of its core; ``vacant`` places (m, 2); and whether they have
+    a lattice (``ordered``)."""
 
     value: Floats
     sigma: Floats
@@ -49,9 +50,11 @@ class _Found(NamedTuple):
     chance: Floats
     measured: Floats
     vacant: Floats
+    ordered: bool
 
     def take(self, kept: NDArray[np.bool_]) -> _Found:
-        return _Found(*(part[kept] for part in self[:5]), self.vacant)
+        value, sigma, background, chance, measured, vacant, ordered = self
+        return _Found(value[kept], sigma[kept], background[kept], chance[kept], measured[kept], vacant, ordered)
 
 
 def find_columns(image: NDArray[np.generic], pixel_size_nm: float | None = None) -> Columns:
@@ -97,22 +100,19 @@ def find_columns(image: NDArray[np.generic], pixel_size_nm: float | None = None)
     found = []
     for region in raster.regions(_AROUND * scale.width):
         part = _searched(region, raster, noise, scale)
-        if scale.periodic and _disordered(part, region):  # edges and stripes are sharp in a spectrum too
+        if (
+            scale.periodic and not part.ordered and len(part.value) >= _MANY
+        ):  # edges and stripes are sharp in a spectrum too
             part = _searched(region, raster, noise, scale_of_spots([region.pixels], noise, pixel_size_nm))
         found.append(_own(part, region))
     return _columns(_joined(found), raster)
 
 
-def _disordered(found: _Found, region: Region) -> bool:
-    """Whether there are many columns and no lattice at all."""
-    place = found.value[:, :2]
-    return len(place) >= _MANY and expected(place, region.pixels.shape, 0.0).spread == 0
-
-
 def _searched(region: Region, raster: Raster, noise: Noise, scale: Scale) -> _Found:
     """The columns of a region, by two fits: of what stands out, and of that with what the first fit uncovered."""
     pixels, width, excess = region.pixels, scale.width, 1.0
-    value, background = np.zeros((0, 4)), np.full((2, 2), np.percentile(pixels[::4, ::4], 10))
+    value: Floats = np.zeros((0, 4))
+    background: Floats = np.full((2, 2), float(np.percentile(pixels[::4, ::4], 10)))
     soft = mean = filters.smooth(pixels, 0.5 * width)
     for _ in range(2):
         variance = noise.variance(mean)
@@ -168,12 +168,13 @@ def _finished(
     empty = ~there
     empty[there] = ~good[len(value) :]
     vacant = sites.position[empty & sites.within]
-    return _Found(fitted, sigma, model.under(fitted[:, :2]), chance, count / np.maximum(whole, 1), vacant).take(good)
+    part, under = count / np.maximum(whole, 1), model.under(fitted[:, :2])
+    return _Found(fitted, sigma, under, chance, part, vacant, sites.spread > 0).take(good)
 
 
 def _nothing() -> _Found:
     none = np.zeros(0)
-    return _Found(np.zeros((0, 4)), np.zeros((0, 4)), none, none, none, np.zeros((0, 2)))
+    return _Found(np.zeros((0, 4)), np.zeros((0, 4)), none, none, none, np.zeros((0, 2)), False)
 
 
 def _own(found: _Found, region: Region) -> _Found:
@@ -191,7 +192,8 @@ def _joined(parts: list[_Found]) -> _Found:
     """The columns of all regions, those at a seam once, and none that is far too weak among all."""
     if len(parts) == 1:
         return parts[0]
-    whole = _Found(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+    fields: list[Any] = list(zip(*parts, strict=True))
+    whole = _Found._make([*map(np.concatenate, fields[:6]), any(fields[6])])
     if len(whole.value) == 0:
         return whole
     width = float(np.exp(np.median(whole.value[:, 3])))
@@ -209,8 +211,9 @@ def _columns(found: _Found, raster: Raster) -> Columns:
     last = np.array(raster.shape) - 1
     if len(width):
         margin = float(np.median(width))
-        found = found.take(((found.value[:, :2] >= margin) & (found.value[:, :2] <= last - margin)).all(axis=1))
-    value, sigma, background, chance, measured, vacant = found
+        place = found.value[:, :2]
+        found = found.take(np.asarray(((place >= margin) & (place <= last - margin)).all(axis=1)))
+    value, sigma, background, chance, measured, vacant, _ = found
     return Columns(
         value[:, :2],
         sigma[:, :2],

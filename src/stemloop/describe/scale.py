@@ -34,7 +34,8 @@ class Scale(NamedTuple):
 
 
 def scale_of(parts: Iterable[Image], noise: Noise, pixel_size_nm: float | None = None) -> Scale:
-    """A first width of the columns from ``parts`` of an image, all of one shape: 1 / (2 pi) over the rms frequency of what stands out of the spectrum.
+    """A first width of the columns from ``parts`` of an image, all of one shape: 1 / (2 pi) over the rms frequency of
+    what stands out of the spectrum.
 
     Sharp peaks are judged against their ring, so shapes and slopes of the specimen do not count. An image of isolated
     Gaussians, whose spectrum is exp(-(2 pi w f)^2), has the rms frequency 1 / (2 pi w). The spectra of blocks are
@@ -54,7 +55,9 @@ def scale_of(parts: Iterable[Image], noise: Noise, pixel_size_nm: float | None =
     median = float(special.gammainccinv(independent, 0.5)) / independent
     chance = 1.5 * float(special.gammainccinv(independent, 0.01 / power.size)) / independent  # one image of a hundred
     sharp = np.maximum(power - chance * np.maximum(_medians(power, ring)[ring] / median, white), 0)
-    aside = np.minimum(np.abs(across), np.abs(down))[seen] > 2 / min(rows, 2 * half - 2)  # lines of a scan are no lattice
+    aside = np.minimum(np.abs(across), np.abs(down))[seen] > 2 / min(
+        rows, 2 * half - 2
+    )  # lines of a scan are no lattice
     if sharp[aside].any():
         width = float(np.sqrt(sharp.sum() / (sharp * frequency**2).sum()) / (2 * np.pi))
         return Scale(min(max(width, NARROWEST), WIDEST), True)
