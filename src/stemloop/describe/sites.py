@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,6 @@ _SHARED = 0.6
 _REACH = 0.2
 #: How many columns must expect a site, and which share of those that could.
 _FEWEST_VOTES, _VOTES = 3, 0.4
-_NEIGHBOURS = 24
 #: Longest vector, in distances of nearest neighbours.
 _LONGEST = 2.3
 #: Of the columns that could expect a site inside a crystal at least this share is there.
@@ -27,7 +26,8 @@ _GROUP, _ASKED = 400, 100
 
 class Sites(NamedTuple):
     """``position`` (n, 2) [px] of sites, ``within`` (n,) whether columns are all around each or it is at the crystal's
-    rim, and ``spread`` [px], the 1-sigma deviation of one coordinate of a column from where its neighbours expect it."""
+    rim, and ``spread`` [px], the 1-sigma deviation of one coordinate of a column from where its neighbours expect it
+    (zero if they expect nothing)."""
 
     position: Floats
     within: NDArray[np.bool_]
@@ -51,13 +51,13 @@ def expected(position: Floats, shape: tuple[int, ...], margin: float) -> Sites:
     if len(position) < 12:
         return none
     tree = cKDTree(position)
-    near = np.asarray(tree.query(position, min(_NEIGHBOURS + 1, len(position)))[0])
-    spacing = float(np.median(near[:, 1]))
+    spacing = float(np.median(np.asarray(tree.query(position, 2)[0])[:, 1]))
     reach = _REACH * spacing
-    whole = ((position > _LONGEST * spacing) & (position < np.array(shape) - 1 - _LONGEST * spacing)).all(axis=1)
+    room = _LONGEST * spacing
+    whole = np.asarray(((position > room) & (position < np.array(shape) - 1 - room)).all(axis=1))
     ballots, weights = [np.zeros((0, 2))], [np.zeros(0)]
     for members in _neighbourhoods(position):
-        vectors = _shared_vectors(position, members[whole[members]], tree, _LONGEST * spacing, reach)
+        vectors = _shared_vectors(position, members[whole[members]], tree, room, reach)
         if len(vectors) >= 4:
             ballots.append((position[members, None] + vectors).reshape(-1, 2))
             weights.append(np.full(len(ballots[-1]), 1 / max(_FEWEST_VOTES, _VOTES * len(vectors))))
@@ -69,7 +69,7 @@ def expected(position: Floats, shape: tuple[int, ...], margin: float) -> Sites:
     distance, nearest = (np.asarray(v) for v in tree.query(votes))
     open_ = distance > 0.5 * spacing
     sites = _elected(votes[open_], reach, weight[open_])
-    share = _seen(sites, shape, _LONGEST * spacing)
+    share = _seen(sites, shape, room)
     full = np.asarray(cKDTree(votes).query_ball_point(sites, reach, return_length=True)) if len(sites) else np.zeros(0)
     most = float(np.median(1 / weight)) / _VOTES
     return Sites(sites, full > _SURROUNDED * share * most, _spread(position, votes, distance, nearest, reach))
@@ -103,7 +103,7 @@ def _shared_vectors(
     if len(members) < 6:
         return np.zeros((0, 2))
     asked = members[:: -(-len(members) // _ASKED)]
-    pairs = tree.query_ball_point(position[asked], longest)
+    pairs: Any = tree.query_ball_point(position[asked], longest)
     own = np.repeat(asked, [len(them) for them in pairs])
     differences = position[np.concatenate(pairs).astype(np.int64)] - position[own]
     differences = differences[np.hypot(*differences.T) > reach]
