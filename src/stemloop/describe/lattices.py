@@ -64,9 +64,9 @@ class _Grown(NamedTuple):
 
 
 class _Member(NamedTuple):
-    """What is known of the columns ``index`` of one grain."""
+    """What is known of the columns ``which`` of one grain."""
 
-    index: Integers
+    which: Integers
     cells: Cells
     grain: Grain
     p_site: Floats
@@ -87,10 +87,10 @@ def assign(columns: Columns, shape: tuple[int, int]) -> Assignment:
     sites, and the Bayesian information criterion says how many there are. Cells are numbered by walking; where loops
     disagree, as around a dislocation, the numbers have a cut, and nothing else is computed from them.
 
-    The ideal place of a column is a robust fit of the lattice to the nearest 12 primary columns (or 20, bent, where that
-    predicts better), without itself. Where the mean place of a site lies near a centre of symmetry of the cell it is set
-    there (see :func:`~stemloop.describe.symmetry.symmetric`), so that the displacement of a uniformly polarised crystal
-    is its polar displacement and not zero.
+    The ideal place of a column is a robust fit of the lattice to the nearest 12 primary columns (or 20, bent, where
+    that predicts better), without itself. Where the mean place of a site is near a centre of symmetry of the cell, it
+    is set there (see :func:`~stemloop.describe.symmetry.symmetric`), so that the displacement of a uniformly polarised
+    crystal is its polar displacement and not zero.
 
     Parameters
     ----------
@@ -287,7 +287,8 @@ def _described(field: _Field, grown: _Grown, index: Integers, vacant: Floats) ->
 
 
 def _filled(frame: Floats, otherwise: Floats) -> Floats:
-    return np.where(np.isfinite(frame).all(axis=(1, 2))[:, None, None], frame, otherwise)
+    there: Bools = np.asarray(np.isfinite(frame).all(axis=(1, 2)))
+    return np.where(there[:, None, None], frame, otherwise)
 
 
 def _predicted(position: Floats, variance: Floats, cells: Cells) -> Floats:
@@ -330,7 +331,7 @@ def _surroundings(position: Floats, variance: Floats, cells: Cells) -> Local:
             around = local(position, total, cells, primary, order, sample)
             left, spread = position[sample] - around.origin, around.covariance[:, 0, 0]
             total = variance + _excess(left, variance[sample] + spread, spread / total[sample])
-        good = np.isfinite(left).all(axis=1)
+        good: Bools = np.asarray(np.isfinite(left).all(axis=1))
         size = float(np.median(np.hypot(*left[good].T))) if good.sum() > 0.5 * len(good) else np.inf
         if chosen is None or size < 0.93 * chosen[0]:
             chosen = size, order, total
@@ -343,7 +344,7 @@ def _excess(left: Floats, expected: Floats, share: Floats) -> float:
 
     ``share`` is the variance of the prediction in units of a neighbour's.
     """
-    good = np.isfinite(left).all(axis=1) & np.isfinite(expected)
+    good: Bools = np.asarray(np.isfinite(left).all(axis=1) & np.isfinite(expected))
     if good.sum() < 5:
         return 0.0
     pull = (left[good] ** 2).sum(axis=1) / (2 * expected[good])
@@ -402,7 +403,8 @@ def _grain(position: Floats, amplitude: Floats, cells: Cells) -> Grain:
     mean = np.array([np.median(g) if len(g) else np.nan for g in groups])
     wide = np.array([1.4826 * np.median(np.abs(g - np.median(g))) if len(g) else np.nan for g in groups])
     sigma = np.sqrt(np.diag(covariance)[:2])[:, None] * np.ones(2)
-    return Grain(solution[:2], sigma, solution[2], cells.basis, mean, wide)
+    vectors: Floats = np.asarray(solution[:2], dtype=np.float64)
+    return Grain(vectors, sigma, np.asarray(solution[2], dtype=np.float64), cells.basis, mean, wide)
 
 
 def _gaps(
@@ -507,11 +509,11 @@ def _joined(n: int, members: list[_Member]) -> Assignment:
         return answer
     p_site = np.zeros((n, max(m.p_site.shape[1] for m in members)))
     for number, m in enumerate(members):
-        answer.grain[m.index], answer.cell[m.index], answer.site[m.index] = number, m.cells.cell, m.cells.site
-        p_site[m.index, : m.p_site.shape[1]] = m.p_site
-        answer.ideal[m.index], answer.displacement[m.index] = m.ideal, m.displacement
-        answer.displacement_sigma[m.index] = m.sigma
-        answer.boundary[m.index] = m.boundary
+        answer.grain[m.which], answer.cell[m.which], answer.site[m.which] = number, m.cells.cell, m.cells.site
+        p_site[m.which, : m.p_site.shape[1]] = m.p_site
+        answer.ideal[m.which], answer.displacement[m.which] = m.ideal, m.displacement
+        answer.displacement_sigma[m.which] = m.sigma
+        answer.boundary[m.which] = m.boundary
     numbers = [np.full(len(m.vacant), g, np.int64) for g, m in enumerate(members)]
     return replace(
         answer,

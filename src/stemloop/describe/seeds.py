@@ -27,9 +27,9 @@ _FEWEST = 8
 
 
 class Seed(NamedTuple):
-    """Lattice around one column: ``vectors`` (2, 2) [px] and ``basis`` (k, 2), fractional; ``column`` is its number and
-    it sits at place 0 of the basis, (0, 0). ``nearest`` [px] is the distance of neighbouring columns, ``share`` the part
-    of the columns that the lattice vectors take to columns."""
+    """Lattice around one column: ``vectors`` (2, 2) [px] and ``basis`` (k, 2), fractional; ``column`` is its number
+    and it sits at place 0 of the basis, (0, 0). ``nearest`` [px] is the distance of neighbouring columns, ``share`` the
+    part of the columns that the lattice vectors take to columns."""
 
     column: int
     vectors: Floats

@@ -67,7 +67,7 @@ def _support(
 
 
 @njit(cache=True, nogil=True)
-def _vote(
+def _agreed(
     m: int,
     s: int,
     i: int,
@@ -83,7 +83,8 @@ def _vote(
     majority: float,
     frame: Floats,
 ) -> bool:
-    """Whether the known columns around ``m`` agree that it is place ``s`` of cell (i, j); its vectors into ``frame``."""
+    """Whether the known columns around ``m`` agree that it is place ``s`` of cell (i, j); their mean vectors go into
+    ``frame``."""
     agree, against = 0, 0
     frame[:] = 0.0
     for q in near[m]:
@@ -110,6 +111,24 @@ def _vote(
     if agree < majority * against:
         return False
     frame /= agree
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _adapt(
+    m: int,
+    s: int,
+    i: int,
+    j: int,
+    position: Floats,
+    near: Integers,
+    site: Integers,
+    cell: Integers,
+    reach: float,
+    tolerance: float,
+    frame: Floats,
+) -> None:
+    """Correct the inherited vectors ``frame`` by the known columns of the same kind around ``m`` (least squares)."""
     aa, ab, bb = _INHERITED, 0.0, _INHERITED
     r = np.zeros((2, 2))
     for q in near[m]:
@@ -136,7 +155,6 @@ def _vote(
     for c in range(2):
         frame[0, c] += (bb * r[0, c] - ab * r[1, c]) / det
         frame[1, c] += (aa * r[1, c] - ab * r[0, c]) / det
-    return True
 
 
 @njit(cache=True, nogil=True)
@@ -186,8 +204,11 @@ def walk(
                     continue
                 i += cell[k, 0]
                 j += cell[k, 1]
-                if not _vote(m, s, i, j, position, near, site, cell, frames, basis, reach, tolerance, majority, frame):
+                if not _agreed(
+                    m, s, i, j, position, near, site, cell, frames, basis, reach, tolerance, majority, frame
+                ):
                     continue
+                _adapt(m, s, i, j, position, near, site, cell, reach, tolerance, frame)
                 if _support(m, position, near, frame, basis, s, reach, _FIT * nearest) < SUPPORT:
                     continue
                 site[m], cell[m, 0], cell[m, 1] = s, i, j
