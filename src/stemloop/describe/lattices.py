@@ -29,7 +29,7 @@ Integers = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 _FEWEST_COLUMNS, _SMALLEST_GRAIN = 8, 10
-_NEIGHBOURS, _PATCH = 48, 90
+_NEIGHBOURS, _PATCH, _SMALL_PATCH = 48, 90, 24
 _CANDIDATES, _TRIES, _SAMPLE = 200, 12, 1500
 _FITS = 0.5
 #: A place that fewer of its cells hold than this is not called vacant where it is empty.
@@ -168,16 +168,26 @@ def _lattices(field: _Field) -> list[_Grown]:
         start = _promising(field, free, free & ~asked)
         patch = _patch(field, start, free)
         asked[start] = True
-        here = seed(field.position, field.tree, patch, field.shape)
-        grown = None if here is None else _enriched(field, _grown(field, here))
-        if grown is None or not _is_new(grown, free):
-            asked[patch[: len(patch) // 2]] = True
+        grown = _from(field, patch, free)
+        if grown is None:
+            asked[patch[: _SMALL_PATCH // 2]] = True
             failed += 1
             continue
         found.append(grown)
         free &= grown.site < 0
         failed = 0
     return found
+
+
+def _from(field: _Field, patch: Integers, free: Bools) -> _Grown | None:
+    """A new lattice from a neighbourhood, or from its middle alone (a small grain), or None."""
+    for size in (_PATCH, _SMALL_PATCH):
+        here = seed(field.position, field.tree, patch[:size], field.shape)
+        if here is not None:
+            grown = _enriched(field, _grown(field, here))
+            if _is_new(grown, free):
+                return grown
+    return None
 
 
 def _promising(field: _Field, free: Bools, open_: Bools) -> int:
@@ -232,8 +242,10 @@ def _enriched(field: _Field, grown: _Grown) -> _Grown:
         if np.hypot(*wrapped(grown.seed.basis - place, grown.seed.vectors).T).min() < 0.5 * grown.seed.nearest:
             break
         again = _grown(field, grown.seed._replace(basis=basis))
+        added = np.flatnonzero(again.site == len(basis) - 1)
         most = np.bincount(again.site[again.site >= 0]).max()
-        if (again.site == len(basis) - 1).sum() < max(_FEWEST_COLUMNS, _SPARSE * most):
+        here = np.isin(added, other[among]).sum()  # the others lie beyond: another crystal, or this one after a shift
+        if len(added) < max(_FEWEST_COLUMNS, _SPARSE * most) or here < 0.6 * len(added):
             break
         grown = again
     return grown

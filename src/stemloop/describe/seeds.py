@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
+from stemloop.describe.decoration import Cells, finest
 from stemloop.describe.vectors import standard, wrapped
 
 Floats = NDArray[np.float64]
@@ -55,7 +56,9 @@ def seed(position: Floats, tree: cKDTree, around: Integers, shape: tuple[int, ..
     if chosen is None:
         return None
     basis, start = _places(places, chosen, nearest)
-    return Seed(int(around[start]), chosen, basis, nearest, float(share.mean()))
+    nobody = np.zeros(0, np.int64)
+    cells = finest(Cells(chosen, basis, nobody.reshape(0, 2), nobody, np.zeros((0, 2, 2))), nearest)
+    return Seed(int(around[start]), cells.vectors, cells.basis, nearest, float(share.mean()))
 
 
 def _shifts(
