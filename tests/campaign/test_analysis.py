@@ -338,9 +338,9 @@ def test_half_of_it_vacuum(tmp_path, capsys):
 
 
 def test_two_grains_are_two_lattices(tmp_path, capsys):
-    one = pictures.layout("Fe[001]", (192, 192), 12.5, 0.1)
-    two = pictures.layout("Fe[001]", (192, 192), 12.5, 0.1 + np.radians(30), grain=1)
-    both = pictures.joined(one.take(one.position[:, 0] < 94), two.take(two.position[:, 0] > 98))
+    one = pictures.layout("Fe[001]", (256, 256), 12.5, 0.1)
+    two = pictures.layout("Fe[001]", (256, 256), 12.5, 0.1 + np.radians(30), grain=1)
+    both = pictures.joined(one.take(one.position[:, 0] < 126), two.take(two.position[:, 0] > 130))
     image = pictures.counted(pictures.mean_image(both, 3e4), np.random.default_rng(0))
     status, _, _ = run(tmp_path, capsys, image, "--pixel-nm", "0.0125")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())

@@ -1,9 +1,9 @@
 """Which places of a lattice are alike and which are not: the cell that brightness and position ask for.
 
 A lattice of places comes from :mod:`stemloop.describe.walking`. Here it becomes first as fine as positions allow (all
-alike), then as coarse as the statistics demand: each sublattice of index 2 or 3 (then again of those) is a model in which its cosets may
-differ in brightness and in displacement, and the Bayesian information criterion chooses (G. Schwarz, Ann. Statist. 6
-(1978) 461, doi:10.1214/aos/1176344136).
+alike), then as coarse as the statistics demand: each sublattice of index 2 or 3 (then again of those) is a model in
+which its cosets may differ in brightness and in displacement, and the Bayesian information criterion chooses
+(G. Schwarz, Ann. Statist. 6 (1978) 461, doi:10.1214/aos/1176344136).
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _refined(cells: Cells, shift: Floats, m: int) -> Cells:
     pair = standard(pair @ cells.vectors, 1.12) @ pair
     inverse = np.linalg.inv(pair)
     # one place of each set of places that the shift joins
-    left, kept = set(range(len(cells.basis))), []
+    left, kept = set(range(len(cells.basis))), list[int]()
     twin = np.zeros(len(cells.basis), np.int64)
     while left:
         first = min(left)

@@ -29,7 +29,7 @@ Integers = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 _FEWEST_COLUMNS, _SMALLEST_GRAIN = 8, 10
-_NEIGHBOURS, _PATCH = 48, 90
+_NEIGHBOURS, _PATCH, _SMALL_PATCH = 48, 90, 24
 _CANDIDATES, _TRIES, _SAMPLE = 200, 12, 1500
 _FITS = 0.5
 #: A place that fewer of its cells hold than this is not called vacant where it is empty.
@@ -64,9 +64,9 @@ class _Grown(NamedTuple):
 
 
 class _Member(NamedTuple):
-    """What is known of the columns ``index`` of one grain."""
+    """What is known of the columns ``which`` of one grain."""
 
-    index: Integers
+    which: Integers
     cells: Cells
     grain: Grain
     p_site: Floats
@@ -87,10 +87,10 @@ def assign(columns: Columns, shape: tuple[int, int]) -> Assignment:
     sites, and the Bayesian information criterion says how many there are. Cells are numbered by walking; where loops
     disagree, as around a dislocation, the numbers have a cut, and nothing else is computed from them.
 
-    The ideal place of a column is a robust fit of the lattice to the nearest 12 primary columns (or 20, bent, where that
-    predicts better), without itself. Where the mean place of a site lies near a centre of symmetry of the cell it is set
-    there (see :func:`~stemloop.describe.symmetry.symmetric`), so that the displacement of a uniformly polarised crystal
-    is its polar displacement and not zero.
+    The ideal place of a column is a robust fit of the lattice to the nearest 12 primary columns (or 20, bent, where
+    that predicts better), without itself. Where the mean place of a site is near a centre of symmetry of the cell, it
+    is set there (see :func:`~stemloop.describe.symmetry.symmetric`), so that the displacement of a uniformly polarised
+    crystal is its polar displacement and not zero.
 
     Parameters
     ----------
@@ -168,16 +168,26 @@ def _lattices(field: _Field) -> list[_Grown]:
         start = _promising(field, free, free & ~asked)
         patch = _patch(field, start, free)
         asked[start] = True
-        here = seed(field.position, field.tree, patch, field.shape)
-        grown = None if here is None else _enriched(field, _grown(field, here))
-        if grown is None or not _is_new(grown, free):
-            asked[patch[: len(patch) // 2]] = True
+        grown = _from(field, patch, free)
+        if grown is None:
+            asked[patch[: _SMALL_PATCH // 2]] = True
             failed += 1
             continue
         found.append(grown)
         free &= grown.site < 0
         failed = 0
     return found
+
+
+def _from(field: _Field, patch: Integers, free: Bools) -> _Grown | None:
+    """A new lattice from a neighbourhood, or from its middle alone (a small grain), or None."""
+    for size in (_PATCH, _SMALL_PATCH):
+        here = seed(field.position, field.tree, patch[:size], field.shape)
+        if here is not None:
+            grown = _enriched(field, _grown(field, here))
+            if _is_new(grown, free):
+                return grown
+    return None
 
 
 def _promising(field: _Field, free: Bools, open_: Bools) -> int:
@@ -232,8 +242,10 @@ def _enriched(field: _Field, grown: _Grown) -> _Grown:
         if np.hypot(*wrapped(grown.seed.basis - place, grown.seed.vectors).T).min() < 0.5 * grown.seed.nearest:
             break
         again = _grown(field, grown.seed._replace(basis=basis))
+        added = np.flatnonzero(again.site == len(basis) - 1)
         most = np.bincount(again.site[again.site >= 0]).max()
-        if (again.site == len(basis) - 1).sum() < max(_FEWEST_COLUMNS, _SPARSE * most):
+        here = np.isin(added, other[among]).sum()  # the others lie beyond: another crystal, or this one after a shift
+        if len(added) < max(_FEWEST_COLUMNS, _SPARSE * most) or here < 0.6 * len(added):
             break
         grown = again
     return grown
@@ -287,7 +299,8 @@ def _described(field: _Field, grown: _Grown, index: Integers, vacant: Floats) ->
 
 
 def _filled(frame: Floats, otherwise: Floats) -> Floats:
-    return np.where(np.isfinite(frame).all(axis=(1, 2))[:, None, None], frame, otherwise)
+    there: Bools = np.asarray(np.isfinite(frame).all(axis=(1, 2)))
+    return np.where(there[:, None, None], frame, otherwise)
 
 
 def _predicted(position: Floats, variance: Floats, cells: Cells) -> Floats:
@@ -330,7 +343,7 @@ def _surroundings(position: Floats, variance: Floats, cells: Cells) -> Local:
             around = local(position, total, cells, primary, order, sample)
             left, spread = position[sample] - around.origin, around.covariance[:, 0, 0]
             total = variance + _excess(left, variance[sample] + spread, spread / total[sample])
-        good = np.isfinite(left).all(axis=1)
+        good: Bools = np.asarray(np.isfinite(left).all(axis=1))
         size = float(np.median(np.hypot(*left[good].T))) if good.sum() > 0.5 * len(good) else np.inf
         if chosen is None or size < 0.93 * chosen[0]:
             chosen = size, order, total
@@ -343,7 +356,7 @@ def _excess(left: Floats, expected: Floats, share: Floats) -> float:
 
     ``share`` is the variance of the prediction in units of a neighbour's.
     """
-    good = np.isfinite(left).all(axis=1) & np.isfinite(expected)
+    good: Bools = np.asarray(np.isfinite(left).all(axis=1) & np.isfinite(expected))
     if good.sum() < 5:
         return 0.0
     pull = (left[good] ** 2).sum(axis=1) / (2 * expected[good])
@@ -402,7 +415,8 @@ def _grain(position: Floats, amplitude: Floats, cells: Cells) -> Grain:
     mean = np.array([np.median(g) if len(g) else np.nan for g in groups])
     wide = np.array([1.4826 * np.median(np.abs(g - np.median(g))) if len(g) else np.nan for g in groups])
     sigma = np.sqrt(np.diag(covariance)[:2])[:, None] * np.ones(2)
-    return Grain(solution[:2], sigma, solution[2], cells.basis, mean, wide)
+    vectors: Floats = np.asarray(solution[:2], dtype=np.float64)
+    return Grain(vectors, sigma, np.asarray(solution[2], dtype=np.float64), cells.basis, mean, wide)
 
 
 def _gaps(
@@ -507,11 +521,11 @@ def _joined(n: int, members: list[_Member]) -> Assignment:
         return answer
     p_site = np.zeros((n, max(m.p_site.shape[1] for m in members)))
     for number, m in enumerate(members):
-        answer.grain[m.index], answer.cell[m.index], answer.site[m.index] = number, m.cells.cell, m.cells.site
-        p_site[m.index, : m.p_site.shape[1]] = m.p_site
-        answer.ideal[m.index], answer.displacement[m.index] = m.ideal, m.displacement
-        answer.displacement_sigma[m.index] = m.sigma
-        answer.boundary[m.index] = m.boundary
+        answer.grain[m.which], answer.cell[m.which], answer.site[m.which] = number, m.cells.cell, m.cells.site
+        p_site[m.which, : m.p_site.shape[1]] = m.p_site
+        answer.ideal[m.which], answer.displacement[m.which] = m.ideal, m.displacement
+        answer.displacement_sigma[m.which] = m.sigma
+        answer.boundary[m.which] = m.boundary
     numbers = [np.full(len(m.vacant), g, np.int64) for g, m in enumerate(members)]
     return replace(
         answer,
