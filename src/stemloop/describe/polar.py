@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 #: Repetitions with new noise: so many cells in all, within these bounds.
-_DRAWN, _FEWEST_DRAWS, _MOST_DRAWS = 600_000, 50, 400
+_DRAWN, _FEWEST_DRAWS, _MOST_DRAWS = 400_000, 40, 150
 
 
 @dataclass(frozen=True)
