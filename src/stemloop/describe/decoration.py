@@ -1,9 +1,9 @@
 """Which places of a lattice are alike and which are not: the cell that brightness and position ask for.
 
 A lattice of places comes from :mod:`stemloop.describe.walking`. Here it becomes first as fine as positions allow (all
-alike), then as coarse as the statistics demand: each sublattice of index 2 to 4 is a model in which its cosets may
-differ in brightness and in displacement, and the Bayesian information criterion chooses (G. Schwarz, Ann. Statist. 6
-(1978) 461, doi:10.1214/aos/1176344136).
+alike), then as coarse as the statistics demand: each sublattice of index 2 or 3 (then again of those) is a model in
+which its cosets may differ in brightness and in displacement, and the Bayesian information criterion chooses
+(G. Schwarz, Ann. Statist. 6 (1978) 461, doi:10.1214/aos/1176344136).
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ Integers = NDArray[np.int64]
 #: A model must be this much better by the criterion, and its cosets must differ by at least this in the logarithm of
 #: the brightness or, in distances of nearest neighbours, in position: less is no other site.
 _BETTER, _BRIGHTER, _APART = 20.0, 0.04, 0.04
-_LARGEST_INDEX = 4
+#: ... and by this many deviations of single columns: a faint ripple over a few rows is no lattice.
+_CLEAR = 0.7
+_MOST_SITES = 16
+#: Repeats of the larger cell across the grain, in every direction, that are needed for a first step and for the others:
+#: two kinds of columns are common, and a few layers of a film that differ are not yet another lattice.
+_REPEATS, _MORE_REPEATS = 2.5, 6.0
 
 
 class Cells(NamedTuple):
@@ -36,13 +41,9 @@ class Cells(NamedTuple):
 
 
 def sublattices() -> list[Integers]:
-    """Hermite normal forms (2, 2) of all sublattices of index 2 to 4: their rows are the new vectors in the old."""
+    """Hermite normal forms (2, 2) of all sublattices of index 2 and 3: their rows are the new vectors in the old."""
     return [
-        np.array([[a, b], [0, m // a]])
-        for m in range(2, _LARGEST_INDEX + 1)
-        for a in range(1, m + 1)
-        if m % a == 0
-        for b in range(m // a)
+        np.array([[a, b], [0, m // a]]) for m in (2, 3) for a in range(1, m + 1) if m % a == 0 for b in range(m // a)
     ]
 
 
@@ -92,7 +93,7 @@ def _refined(cells: Cells, shift: Floats, m: int) -> Cells:
     pair = standard(pair @ cells.vectors, 1.12) @ pair
     inverse = np.linalg.inv(pair)
     # one place of each set of places that the shift joins
-    left, kept = set(range(len(cells.basis))), []
+    left, kept = set(range(len(cells.basis))), list[int]()
     twin = np.zeros(len(cells.basis), np.int64)
     while left:
         first = min(left)
@@ -108,20 +109,34 @@ def _refined(cells: Cells, shift: Floats, m: int) -> Cells:
     return Cells(pair @ cells.vectors, basis, cell, site, np.einsum("ij,njk->nik", pair, cells.frame))
 
 
-def decorated(cells: Cells, bright: Floats, off: Floats, nearest: float) -> Cells:
-    """The coarser lattice, if its cosets differ in brightness ``bright`` (n,) or displacement ``off`` (n, 2) [px]."""
+def decorated(cells: Cells, bright: Floats, off: Floats, nearest: float, repeats: float = _REPEATS) -> Cells:
+    """The coarser lattice, if its cosets differ in brightness ``bright`` (n,) or displacement ``off`` (n, 2) [px].
+
+    One step after the other, each of index 2 or 3, and each must be needed.
+    """
     values = np.column_stack([bright, off / nearest])
     values = values[:, np.isfinite(values).all(axis=0)]
     least = np.array([_BRIGHTER, _APART, _APART])
     best, chosen = _BETTER, None
     for form in sublattices():
         m = int(form[0, 0] * form[1, 1])
+        if _extent(cells, form) < repeats:
+            continue
         group = cells.site * m + coset(cells.cell, form)
         gain, spread = _gain(values, cells.site, group, len(cells.basis), m)
         useful = (gain > 0) & (spread > least[: len(gain)])
         if (total := float(gain[useful].sum())) > best:
             best, chosen = total, form
-    return cells if chosen is None else _coarser(cells, chosen)
+    if chosen is None or len(cells.basis) * int(chosen[0, 0] * chosen[1, 1]) > _MOST_SITES:
+        return cells
+    return decorated(_coarser(cells, chosen), bright, off, nearest, _MORE_REPEATS)
+
+
+def _extent(cells: Cells, form: Integers) -> float:
+    """How often the cell of a sublattice fits into the grain, in the direction in which it fits least often."""
+    cell = cells.cell @ np.linalg.inv(standard(form @ cells.vectors, 1.12) @ form)
+    width = np.percentile(cell, 97, axis=0) - np.percentile(cell, 3, axis=0)
+    return float(width.min()) / 0.94
 
 
 def _gain(values: Floats, site: Integers, group: Integers, k: int, m: int) -> tuple[Floats, Floats]:
@@ -134,10 +149,10 @@ def _gain(values: Floats, site: Integers, group: Integers, k: int, m: int) -> tu
     one = np.mean(np.clip(before, -scale, scale) ** 2, axis=0) + 1e-12
     other = np.mean(np.clip(after, -scale, scale) ** 2, axis=0) + 1e-12
     gain = n * np.log(one / other) - k * (m - 1) * np.log(n)
-    full = np.where(count[:, None] >= 3, mean, np.nan).reshape(k, m, -1)
     if (count < 3).any():
         return np.full(values.shape[1], -np.inf), np.zeros(values.shape[1])
-    return gain, (full.max(axis=1) - full.min(axis=1)).max(axis=0)
+    apart = np.ptp(mean.reshape(k, m, -1), axis=1).max(axis=0)
+    return np.where(apart > _CLEAR * 1.4826 * np.median(np.abs(after), axis=0), gain, -np.inf), apart
 
 
 def _centred(values: Floats, group: Integers, groups: int) -> tuple[Floats, Floats, Integers]:

@@ -19,7 +19,7 @@ from stemloop.core.errors import InputError
 from stemloop.core.structure import Assignment, Columns, Grain
 from stemloop.describe.decoration import Cells, brightness, decorated, finest
 from stemloop.describe.neighbourhoods import Local, local
-from stemloop.describe.seeds import Seed, seed
+from stemloop.describe.seeds import Seed, common_place, seed
 from stemloop.describe.symmetry import symmetric
 from stemloop.describe.vectors import wrapped
 from stemloop.describe.walking import LEVELS, walk
@@ -30,11 +30,15 @@ Bools = NDArray[np.bool_]
 
 _FEWEST_COLUMNS, _SMALLEST_GRAIN = 8, 10
 _NEIGHBOURS, _PATCH = 48, 90
-_CANDIDATES, _TRIES = 200, 12
+_CANDIDATES, _TRIES, _SAMPLE = 200, 12, 1500
 _FITS = 0.5
 #: A place that fewer of its cells hold than this is not called vacant where it is empty.
 _OCCUPIED = 0.6
+#: Nor is it where columns of its kind have a larger deviation [widths]: they could hide in the noise.
+_CERTAIN = 0.15
 _FREEDOM = 4.0
+#: A place that fewer of the cells hold is none of the lattice's.
+_SPARSE = 0.1
 
 
 class _Field(NamedTuple):
@@ -60,9 +64,9 @@ class _Grown(NamedTuple):
 
 
 class _Member(NamedTuple):
-    """What is known of the columns ``index`` of one grain."""
+    """What is known of the columns ``which`` of one grain."""
 
-    index: Integers
+    which: Integers
     cells: Cells
     grain: Grain
     p_site: Floats
@@ -83,10 +87,10 @@ def assign(columns: Columns, shape: tuple[int, int]) -> Assignment:
     sites, and the Bayesian information criterion says how many there are. Cells are numbered by walking; where loops
     disagree, as around a dislocation, the numbers have a cut, and nothing else is computed from them.
 
-    The ideal place of a column is a robust fit of the lattice to the nearest 12 primary columns (or 20, bent, where that
-    predicts better), without itself. Where the mean place of a site lies near a centre of symmetry of the cell it is set
-    there (see :func:`~stemloop.describe.symmetry.symmetric`), so that the displacement of a uniformly polarised crystal
-    is its polar displacement and not zero.
+    The ideal place of a column is a robust fit of the lattice to the nearest 12 primary columns (or 20, bent, where
+    that predicts better), without itself. Where the mean place of a site is near a centre of symmetry of the cell, it
+    is set there (see :func:`~stemloop.describe.symmetry.symmetric`), so that the displacement of a uniformly polarised
+    crystal is its polar displacement and not zero.
 
     Parameters
     ----------
@@ -165,7 +169,7 @@ def _lattices(field: _Field) -> list[_Grown]:
         patch = _patch(field, start, free)
         asked[start] = True
         here = seed(field.position, field.tree, patch, field.shape)
-        grown = None if here is None else _grown(field, here)
+        grown = None if here is None else _enriched(field, _grown(field, here))
         if grown is None or not _is_new(grown, free):
             asked[patch[: len(patch) // 2]] = True
             failed += 1
@@ -204,6 +208,37 @@ def _grown(field: _Field, here: Seed) -> _Grown:
     return _Grown(here, cell, site, frame, support)
 
 
+def _enriched(field: _Field, grown: _Grown) -> _Grown:
+    """With the places of the cell that only some of its cells hold, too few to be seen from the seed.
+
+    Columns that do not fit but lie among those that do are asked for their place in the local cell; where at least half
+    of them, and eight, meet at one place, it is one of the lattice's.
+    """
+    for _ in range(3):
+        mine = np.flatnonzero(grown.site >= 0)
+        if len(mine) < _SMALLEST_GRAIN:
+            break
+        reach = float(np.hypot(*grown.seed.vectors.T).max())
+        other = np.flatnonzero(grown.site < 0)
+        far, nearest = (np.asarray(v) for v in cKDTree(field.position[mine]).query(field.position[other]))
+        among = far < reach
+        host = mine[nearest[among]]
+        step = (field.position[other[among]] - field.position[host])[:, None]
+        fraction = (step @ np.linalg.inv(grown.frame[host]))[:, 0] + grown.seed.basis[grown.site[host]]
+        place = common_place(fraction, grown.seed.vectors, 0.3 * grown.seed.nearest)
+        if place is None:
+            break
+        basis = np.concatenate([grown.seed.basis, place[None]])
+        if np.hypot(*wrapped(grown.seed.basis - place, grown.seed.vectors).T).min() < 0.5 * grown.seed.nearest:
+            break
+        again = _grown(field, grown.seed._replace(basis=basis))
+        most = np.bincount(again.site[again.site >= 0]).max()
+        if (again.site == len(basis) - 1).sum() < max(_FEWEST_COLUMNS, _SPARSE * most):
+            break
+        grown = again
+    return grown
+
+
 def _is_new(grown: _Grown, free: Bools) -> bool:
     """Large enough, and not a lattice that was there before."""
     size = int((grown.site >= 0).sum())
@@ -213,6 +248,7 @@ def _is_new(grown: _Grown, free: Bools) -> bool:
 
 def _owned(lattices: list[_Grown], n: int) -> list[tuple[_Grown, Integers]]:
     """Each column goes to the lattice that fits it best; lattices with the numbers of their columns, largest first."""
+    lattices = sorted(lattices, key=lambda g: -int((g.site >= 0).sum()))
     while lattices:
         support = np.array([np.where(g.site >= 0, g.support, -1.0) for g in lattices])
         owner = np.where(support.max(axis=0) >= 0, support.argmax(axis=0), -1)
@@ -238,7 +274,7 @@ def _described(field: _Field, grown: _Grown, index: Integers, vacant: Floats) ->
     off = position - _predicted(position, variance, cells)
     cells = decorated(cells, bright, np.where(np.isfinite(off), off, np.nanmedian(off, axis=0)), nearest)
     cells = _ranked(cells, bright)
-    around, variance, cells = _surroundings(position, variance, cells)
+    around = _surroundings(position, variance, cells)
     fraction = np.einsum("ni,nij->nj", position - around.origin, np.linalg.inv(_filled(around.frame, cells.frame)))
     basis = symmetric(_mean_places(fraction, cells), cells.vectors)
     cells = cells._replace(basis=basis, frame=_filled(around.frame, cells.frame))
@@ -251,7 +287,8 @@ def _described(field: _Field, grown: _Grown, index: Integers, vacant: Floats) ->
 
 
 def _filled(frame: Floats, otherwise: Floats) -> Floats:
-    return np.where(np.isfinite(frame).all(axis=(1, 2))[:, None, None], frame, otherwise)
+    there: Bools = np.asarray(np.isfinite(frame).all(axis=(1, 2)))
+    return np.where(there[:, None, None], frame, otherwise)
 
 
 def _predicted(position: Floats, variance: Floats, cells: Cells) -> Floats:
@@ -280,26 +317,26 @@ def _ranked(cells: Cells, bright: Floats) -> Cells:
     return cells._replace(basis=basis, cell=whole, site=site)
 
 
-def _surroundings(position: Floats, variance: Floats, cells: Cells) -> tuple[Local, Floats, Cells]:
+def _surroundings(position: Floats, variance: Floats, cells: Cells) -> Local:
     """The lattice around each column, with neighbours' variance raised to what their own misfits show.
 
     Of the straight and the bent lattice the one is taken that predicts the primary columns better.
     """
     primary = np.flatnonzero(cells.site == 0)
-    chosen: tuple[float, Local, Floats] | None = None
+    sample = primary[:: -(-len(primary) // _SAMPLE)]
+    chosen: tuple[float, int, Floats] | None = None
     for order in (1, 2):
         total = variance
         for _ in range(2):
-            around = local(position, total, cells, primary, order)
-            left, spread = (position - around.origin)[primary], around.at(np.zeros_like(position))[1][primary]
-            extra = _excess(left, variance[primary] + spread, spread / total[primary])
-            total = variance + extra
-        good = np.isfinite(left).all(axis=1)
+            around = local(position, total, cells, primary, order, sample)
+            left, spread = position[sample] - around.origin, around.covariance[:, 0, 0]
+            total = variance + _excess(left, variance[sample] + spread, spread / total[sample])
+        good: Bools = np.asarray(np.isfinite(left).all(axis=1))
         size = float(np.median(np.hypot(*left[good].T))) if good.sum() > 0.5 * len(good) else np.inf
         if chosen is None or size < 0.93 * chosen[0]:
-            chosen = size, around, total
+            chosen = size, order, total
     assert chosen is not None
-    return chosen[1], chosen[2], cells
+    return local(position, chosen[2], cells, primary, chosen[1])
 
 
 def _excess(left: Floats, expected: Floats, share: Floats) -> float:
@@ -307,7 +344,7 @@ def _excess(left: Floats, expected: Floats, share: Floats) -> float:
 
     ``share`` is the variance of the prediction in units of a neighbour's.
     """
-    good = np.isfinite(left).all(axis=1) & np.isfinite(expected)
+    good: Bools = np.asarray(np.isfinite(left).all(axis=1) & np.isfinite(expected))
     if good.sum() < 5:
         return 0.0
     pull = (left[good] ** 2).sum(axis=1) / (2 * expected[good])
@@ -366,7 +403,8 @@ def _grain(position: Floats, amplitude: Floats, cells: Cells) -> Grain:
     mean = np.array([np.median(g) if len(g) else np.nan for g in groups])
     wide = np.array([1.4826 * np.median(np.abs(g - np.median(g))) if len(g) else np.nan for g in groups])
     sigma = np.sqrt(np.diag(covariance)[:2])[:, None] * np.ones(2)
-    return Grain(solution[:2], sigma, solution[2], cells.basis, mean, wide)
+    vectors: Floats = np.asarray(solution[:2], dtype=np.float64)
+    return Grain(vectors, sigma, np.asarray(solution[2], dtype=np.float64), cells.basis, mean, wide)
 
 
 def _gaps(
@@ -388,18 +426,50 @@ def _gaps(
     inside = ((goal > field.margin) & (goal < edge)).all(axis=2)
     empty = inside & (far > 0.42 * nearest)
     kind = np.broadcast_to(cells.site[:, None], empty.shape)[empty]
-    places, kinds, votes = _elected(goal[empty], kind, 0.42 * nearest)
+    voter = np.broadcast_to(np.arange(len(index))[:, None], empty.shape)[empty]
+    places, kinds, votes, voters = _elected(goal[empty], kind, voter, 0.42 * nearest)
     asked = np.zeros(len(places), bool)
     if len(known) and len(places):
         asked = np.asarray(cKDTree(known).query(places)[0]) < 0.42 * nearest
     count = np.bincount(cells.site, minlength=len(cells.basis))
     lost = np.bincount(kinds[votes >= 3], minlength=len(cells.basis))
-    usual = count / np.maximum(count + lost, 1) >= _OCCUPIED
+    usual = (count / np.maximum(count + lost, 1) >= _OCCUPIED) & (_doubt(field, index, cells) < _CERTAIN)
     vacant = ((votes >= 3) & (usual[kinds] | asked)) | ((votes >= 2) & asked) if len(places) else asked
+    vacant &= _enclosed(field, places, kinds, cells.frame[voters], mine, 0.42 * nearest)
     rim = ~met
     if vacant.any():
         rim &= np.asarray(cKDTree(places[vacant]).query(goal)[0]) > 0.42 * nearest
     return rim.any(axis=1), places[vacant], kinds[vacant]
+
+
+def _doubt(field: _Field, index: Integers, cells: Cells) -> Floats:
+    """(k,) median deviation of each site's columns, in widths of a column (1 / sqrt(counts) where there are counts)."""
+    sigma = np.sqrt(field.variance[index].mean(axis=1)) / max(field.margin, 1e-9)
+    kinds = range(len(cells.basis))
+    return np.array([np.median(sigma[cells.site == s]) if (cells.site == s).any() else np.inf for s in kinds])
+
+
+def _enclosed(field: _Field, places: Floats, kinds: Integers, frame: Floats, mine: Integers, reach: float) -> Bools:
+    """Whether the neighbours of a place, of its kind, stand on all sides: no gap between them of 140 degrees.
+
+    Neighbours outside the image are taken as there.
+    """
+    if len(places) == 0:
+        return np.zeros(0, bool)
+    steps = np.array([[i, j] for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j], dtype=np.float64)
+    step = np.einsum("ti,nij->ntj", steps, frame)
+    goal = places[:, None] + step
+    far, who = (np.asarray(v) for v in field.tree.query(goal))
+    outside = ((goal < field.margin) | (goal > np.array(field.shape) - 1 - field.margin)).any(axis=2)
+    there = outside | ((far < reach) & (mine[who] == kinds[:, None]))
+    angle = np.where(there, np.arctan2(step[..., 0], step[..., 1]), np.nan)
+    angle = np.sort(angle, axis=1)
+    number = there.sum(axis=1)
+    gap = np.diff(angle, axis=1)
+    last = angle[np.arange(len(angle)), np.maximum(number - 1, 0)]
+    round_ = angle[:, 0] + 2 * np.pi - last
+    widest = np.fmax(np.nanmax(np.column_stack([gap, round_]), axis=1, initial=0.0), 0.0)
+    return np.asarray((number >= 4) & (widest < np.radians(140)))
 
 
 def _short_steps(vectors: Floats) -> Floats:
@@ -410,22 +480,26 @@ def _short_steps(vectors: Floats) -> Floats:
     return np.concatenate([steps, *([t, -t] for t in more)])
 
 
-def _elected(places: Floats, kind: Integers, reach: float) -> tuple[Floats, Integers, Integers]:
-    """Groups of ``places`` of one kind that lie together: means (m, 2), kinds and sizes."""
+def _elected(
+    places: Floats, kind: Integers, voter: Integers, reach: float
+) -> tuple[Floats, Integers, Integers, Integers]:
+    """Groups of ``places`` of one kind that lie together: means (m, 2), kinds, sizes and one voter of each."""
     if len(places) == 0:
-        return np.zeros((0, 2)), np.zeros(0, np.int64), np.zeros(0, np.int64)
+        nothing = np.zeros(0, np.int64)
+        return np.zeros((0, 2)), nothing, nothing, nothing
     tree = cKDTree(np.column_stack([places, kind * 10 * reach]))
     left = np.ones(len(places), bool)
-    middles, kinds, votes = [], [], []
+    middles, kinds, votes, voters = [], [], [], []
     groups: Any = tree.query_ball_point(tree.data, reach)
     for i in np.argsort([-len(g) for g in groups], kind="stable"):
-        members = [m for m in groups[i] if left[m]]
         if left[i]:
+            members = [m for m in groups[i] if left[m]]
             left[members] = False
             middles.append(places[members].mean(axis=0))
             kinds.append(int(kind[i]))
             votes.append(len(members))
-    return np.array(middles), np.array(kinds, np.int64), np.array(votes, np.int64)
+            voters.append(int(voter[i]))
+    return np.array(middles), np.array(kinds, np.int64), np.array(votes, np.int64), np.array(voters, np.int64)
 
 
 def _joined(n: int, members: list[_Member]) -> Assignment:
@@ -435,11 +509,11 @@ def _joined(n: int, members: list[_Member]) -> Assignment:
         return answer
     p_site = np.zeros((n, max(m.p_site.shape[1] for m in members)))
     for number, m in enumerate(members):
-        answer.grain[m.index], answer.cell[m.index], answer.site[m.index] = number, m.cells.cell, m.cells.site
-        p_site[m.index, : m.p_site.shape[1]] = m.p_site
-        answer.ideal[m.index], answer.displacement[m.index] = m.ideal, m.displacement
-        answer.displacement_sigma[m.index] = m.sigma
-        answer.boundary[m.index] = m.boundary
+        answer.grain[m.which], answer.cell[m.which], answer.site[m.which] = number, m.cells.cell, m.cells.site
+        p_site[m.which, : m.p_site.shape[1]] = m.p_site
+        answer.ideal[m.which], answer.displacement[m.which] = m.ideal, m.displacement
+        answer.displacement_sigma[m.which] = m.sigma
+        answer.boundary[m.which] = m.boundary
     numbers = [np.full(len(m.vacant), g, np.int64) for g, m in enumerate(members)]
     return replace(
         answer,

@@ -20,9 +20,9 @@ _TUKEY = 4.685
 class Local(NamedTuple):
     """The lattice around each of n columns, by its neighbours alone.
 
-    origin : (n, 2) [px] place 0 of the column's own cell. frame : (n, 2, 2) [px] lattice vectors. weight : (n, q) of
-    each term of the fit at place (b, c): variance of a prediction in units of one neighbour's is ``(1, b, c, ...) C
-    (1, b, c, ...)`` with ``covariance`` C (n, q, q). Rows are NaN where too few neighbours were there.
+    origin : (n, 2) [px] place 0 of the column's own cell. frame : (n, 2, 2) [px] lattice vectors. bend : (n, 0 or 3,
+    2) [px] second order. covariance : (n, q, q) [px^2] of the terms 1, b, c (and b^2, b c, c^2) of one coordinate. Rows
+    are NaN where too few neighbours were there.
     """
 
     origin: Floats
@@ -46,42 +46,50 @@ def _terms(x: Floats, q: int) -> Floats:
     return np.stack(columns, axis=-1)
 
 
-def local(position: Floats, variance: Floats, cells: Cells, sources: Integers, order: int = 1) -> Local:
+def local(
+    position: Floats, variance: Floats, cells: Cells, sources: Integers, order: int = 1, asked: Integers | None = None
+) -> Local:
     """Robust fit of a smooth lattice to the nearest columns of one kind, for every column and without it.
 
     Positions of the neighbours are a polynomial (``order`` 1: affine, the lattice with its strain; 2: bent) of their
-    cell relative to the column's own, told by the local vectors, not by a walk, so that no error comes from afar. Tukey's
-    biweight takes out those that do not fit (beyond a wall, at a dislocation's core).
+    cell relative to the column's own, told by the local vectors, not by a walk, so that no error comes from afar.
+    Tukey's biweight takes out those that do not fit (beyond a wall, at a dislocation's core).
 
     Parameters
     ----------
     position : (n, 2) [px]. variance : (n,) [px^2] of one coordinate of each. sources : numbers of the columns of the
-        primary kind (site 0).
+        primary kind (site 0). asked : numbers of the columns for which it is wanted; all if left out.
     """
-    n, q = len(position), 3 if order == 1 else 6
+    asked = np.arange(len(position)) if asked is None else asked
+    n, q = len(asked), 3 if order == 1 else 6
     most = 12 if order == 1 else 20
-    nothing = Local(np.full((n, 2), np.nan), np.full((n, 2, 2), np.nan), np.full((n, q - 3, 2), np.nan), np.full((n, q, q), np.nan))
+    nothing = Local(
+        np.full((n, 2), np.nan), np.full((n, 2, 2), np.nan), np.full((n, q - 3, 2), np.nan), np.full((n, q, q), np.nan)
+    )
     if len(sources) < q + 3:
         return nothing
-    distance, index = (np.asarray(v) for v in cKDTree(position[sources]).query(position, min(most + 1, len(sources))))
+    distance, index = (
+        np.asarray(v) for v in cKDTree(position[sources]).query(position[asked], min(most + 1, len(sources)))
+    )
     neighbour = sources[index]
-    other = neighbour != np.arange(n)[:, None]
+    other = neighbour != asked[:, None]
     other[:, -1] &= ~other.all(axis=1)  # the same number for all: a source leaves itself out
-    inverse = np.linalg.inv(cells.frame)
-    longest = np.sqrt((cells.frame**2).sum(axis=2).max(axis=1))
-    step = position[neighbour] - position[:, None]
-    own = cells.basis[cells.site]
+    frame = cells.frame[asked]
+    inverse = np.linalg.inv(frame)
+    longest = np.sqrt((frame**2).sum(axis=2).max(axis=1))
+    step = position[neighbour] - position[asked][:, None]
+    own = cells.basis[cells.site[asked]]
     x = np.rint(np.einsum("nmi,nij->nmj", step, inverse) + own[:, None])
     base = other & (distance < 3.2 * longest[:, None])
     terms = _terms(x, q)
     prior = base / variance[neighbour]
     solution, normal, used = _fitted(terms, step, prior, base)
-    enough = (used >= q + 2) & (np.linalg.cond(normal) < 1e8)
-    solution[~enough] = np.nan
+    enough = used >= q + 2
     normal[~enough] = np.eye(q)
-    covariance = np.linalg.inv(normal)
-    covariance[~enough] = np.nan
-    return Local(solution[:, 0] + position, solution[:, 1:3], solution[:, 3:], covariance)
+    covariance: Floats = np.asarray(np.linalg.inv(normal), dtype=np.float64)
+    enough &= np.diagonal(covariance, axis1=1, axis2=2)[:, 0] < np.maximum(4 * variance[asked], 1e-12)
+    covariance[~enough], solution[~enough] = np.nan, np.nan
+    return Local(solution[:, 0] + position[asked], solution[:, 1:3], solution[:, 3:], covariance)
 
 
 def _fitted(terms: Floats, step: Floats, prior: Floats, base: NDArray[np.bool_]) -> tuple[Floats, Floats, Integers]:

@@ -27,9 +27,9 @@ _FEWEST = 8
 
 
 class Seed(NamedTuple):
-    """Lattice around one column: ``vectors`` (2, 2) [px] and ``basis`` (k, 2), fractional; ``column`` is its number and
-    it sits at place 0 of the basis, (0, 0). ``nearest`` [px] is the distance of neighbouring columns, ``share`` the part
-    of the columns that the lattice vectors take to columns."""
+    """Lattice around one column: ``vectors`` (2, 2) [px] and ``basis`` (k, 2), fractional; ``column`` is its number
+    and it sits at place 0 of the basis, (0, 0). ``nearest`` [px] is the distance of neighbouring columns, ``share`` the
+    part of the columns that the lattice vectors take to columns."""
 
     column: int
     vectors: Floats
@@ -137,3 +137,21 @@ def _places(places: Floats, vectors: Floats, nearest: float) -> tuple[Floats, in
         free &= ~near[i]
     fraction = (np.array(middles) - middles[0]) @ inverse
     return np.asarray(fraction - np.floor(fraction + 1e-6)), start
+
+
+def common_place(fraction: Floats, vectors: Floats, reach: float) -> Floats | None:
+    """The place of the cell (2,) at which at least half of ``fraction`` (n, 2), and eight, meet within ``reach`` [px].
+
+    ``reach`` must be small: a circle of that radius may not cover more than a quarter of the cell.
+    """
+    if len(fraction) < _FEWEST:
+        return None
+    reach = min(reach, float(np.sqrt(abs(np.linalg.det(vectors)) / (4 * np.pi))))
+    sample = fraction[:2000]
+    off = wrapped(sample[None] - sample[:, None], vectors)
+    near = np.hypot(off[..., 0], off[..., 1]) < reach
+    i = int(near.sum(axis=1).argmax())
+    if near[i].sum() < max(_FEWEST, 0.5 * len(sample)):
+        return None
+    place = sample[i] + off[i][near[i]].mean(axis=0) @ np.linalg.inv(vectors)
+    return np.asarray(place - np.floor(place))

@@ -16,10 +16,14 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-#: How far a column may lie from where it is expected, in distances of nearest neighbours: near ones come first.
-LEVELS = np.array([0.15, 0.25, 0.34])
+#: Rounds: how far a column may lie from where it is expected, in distances of nearest neighbours (near ones come
+#: first), and how many known neighbours must agree on its cell for each one that does not. The last round closes up to
+#: the cuts that start at dislocations.
+LEVELS = np.array([[0.15, 1.01], [0.25, 1.01], [0.34, 1.01], [0.34, 0.4]])
 #: Share of the columns around that must fit into the column's own lattice.
 SUPPORT = 0.55
+#: How far a column looks for neighbours, in the longer lattice vector: the diagonal of a square cell is still seen.
+REACH = 1.5
 #: Weight of the vectors that a column inherits, in squared steps of the lattice.
 _INHERITED = 6.0
 _FIT = 0.25
@@ -63,7 +67,7 @@ def _support(
 
 
 @njit(cache=True, nogil=True)
-def _vote(
+def _agreed(
     m: int,
     s: int,
     i: int,
@@ -76,9 +80,11 @@ def _vote(
     basis: Floats,
     reach: float,
     tolerance: float,
+    majority: float,
     frame: Floats,
 ) -> bool:
-    """Whether the known columns around ``m`` agree that it is place ``s`` of cell (i, j); its vectors into ``frame``."""
+    """Whether the known columns around ``m`` agree that it is place ``s`` of cell (i, j); their mean vectors go into
+    ``frame``."""
     agree, against = 0, 0
     frame[:] = 0.0
     for q in near[m]:
@@ -90,7 +96,10 @@ def _vote(
         if y * y + x * x > reach * reach:
             break
         if site[q] == s and cell[q, 0] == i and cell[q, 1] == j:
-            return False  # this place is taken
+            if majority >= 1 or y * y + x * x < (2 * tolerance) ** 2:
+                return False  # this place is taken
+            against += 1  # another column of that number, beyond a cut
+            continue
         t, di, dj, far = _nearest_place(y, x, frames[q], basis, site[q])
         if far > 1.5 * tolerance:
             continue
@@ -99,9 +108,27 @@ def _vote(
             frame += frames[q]
         else:
             against += 1
-    if agree <= against:
+    if agree < majority * against:
         return False
     frame /= agree
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _adapt(
+    m: int,
+    s: int,
+    i: int,
+    j: int,
+    position: Floats,
+    near: Integers,
+    site: Integers,
+    cell: Integers,
+    reach: float,
+    tolerance: float,
+    frame: Floats,
+) -> None:
+    """Correct the inherited vectors ``frame`` by the known columns of the same kind around ``m`` (least squares)."""
     aa, ab, bb = _INHERITED, 0.0, _INHERITED
     r = np.zeros((2, 2))
     for q in near[m]:
@@ -110,7 +137,7 @@ def _vote(
         if site[q] != s:
             continue
         y, x = position[m, 0] - position[q, 0], position[m, 1] - position[q, 1]
-        if y * y + x * x > 1.6 * reach * reach:
+        if y * y + x * x > 1.2 * reach * reach:
             break
         a, b = float(i - cell[q, 0]), float(j - cell[q, 1])
         if abs(a) > 2 or abs(b) > 2:
@@ -128,7 +155,6 @@ def _vote(
     for c in range(2):
         frame[0, c] += (bb * r[0, c] - ab * r[1, c]) / det
         frame[1, c] += (aa * r[1, c] - ab * r[0, c]) / det
-    return True
 
 
 @njit(cache=True, nogil=True)
@@ -141,7 +167,7 @@ def walk(
     ----------
     position : (n, 2) [px]. near : (n, m) numbers of the neighbours of each column by distance, -1 where there are none.
     vectors : (2, 2) [px] and basis : (k, 2), the lattice at column ``start``, which sits at place 0 of cell (0, 0).
-    nearest : distance of neighbouring columns [px]. levels : tolerances, in ``nearest``, one round each.
+    nearest : distance of neighbouring columns [px]. levels : (rounds, 2), see :data:`LEVELS`.
 
     Returns
     -------
@@ -157,10 +183,10 @@ def walk(
     queue = np.zeros(n, np.int64)
     queue[0] = start
     known = 1
-    reach = 1.25 * np.sqrt(max((vectors[0] ** 2).sum(), (vectors[1] ** 2).sum()))
+    reach = REACH * np.sqrt(max((vectors[0] ** 2).sum(), (vectors[1] ** 2).sum()))
     frame = np.zeros((2, 2))
-    for level in levels:
-        tolerance = level * nearest
+    for level in range(len(levels)):
+        tolerance, majority = levels[level, 0] * nearest, levels[level, 1]
         head = 0
         while head < known:
             k = queue[head]
@@ -178,8 +204,11 @@ def walk(
                     continue
                 i += cell[k, 0]
                 j += cell[k, 1]
-                if not _vote(m, s, i, j, position, near, site, cell, frames, basis, reach, tolerance, frame):
+                if not _agreed(
+                    m, s, i, j, position, near, site, cell, frames, basis, reach, tolerance, majority, frame
+                ):
                     continue
+                _adapt(m, s, i, j, position, near, site, cell, reach, tolerance, frame)
                 if _support(m, position, near, frame, basis, s, reach, _FIT * nearest) < SUPPORT:
                     continue
                 site[m], cell[m, 0], cell[m, 1] = s, i, j
