@@ -44,7 +44,7 @@ def closure(r):
 
 
 def array(r, period=420.0):
-    """Vortices and antivortices by turns: a clockwise vortex in the middle, antivortices half a period off both ways."""
+    """Vortices and antivortices by turns: a clockwise vortex in the middle, antivortices a quarter period off."""
     y, x = (2 * np.pi / period * r).T
     return np.column_stack([np.sin(x) * np.cos(y), -np.cos(x) * np.sin(y)])
 

@@ -57,7 +57,7 @@ def test_descriptors_do_not_depend_on_where_and_how_the_image_lies(change):
     columns = columns_of(whole, seed=1)
     c, s = np.cos(0.4), np.sin(0.4)
     moves = {
-        "shift": lambda p: p + [3.3, -7.1],
+        "shift": lambda p: p + np.array([3.3, -7.1]),
         "turn": lambda p: p @ np.array([[c, -s], [s, c]]),
         "mirror": lambda p: p * [1, -1],
     }

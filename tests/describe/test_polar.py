@@ -253,7 +253,7 @@ def test_an_image_of_strontium_titanate_has_nothing():
 def test_one_kind_of_column_or_no_lattice_has_no_displacements():
     iron = polar(*measured(layout("Fe[001]", (200, 200), 15.0)), site=1)
     dumbbells = polar(*measured(layout("Si[110]", (200, 200), 15.0)))
-    columns, assignment = measured(layout("Fe[001]", (200, 200), 15.0))
+    columns, _ = measured(layout("Fe[001]", (200, 200), 15.0))
     none = Assignment(
         np.full(len(columns), -1), np.zeros((len(columns), 2), int), np.full(len(columns), -1),
         np.zeros((len(columns), 0)), *(np.full((len(columns), 2), np.nan) for _ in range(3)),

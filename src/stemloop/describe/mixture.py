@@ -1,8 +1,8 @@
 """A mixture of Gaussians for measured points with deviations, on a smooth trend over the image.
 
-Each point has ``d`` coordinates, some of which may not be known (NaN). Coordinate ``c`` of a point at ``t`` that belongs
-to class ``k`` is ``mean[k, c] + trend[:, c] . f(t)`` plus a Gaussian of ``spread[c]`` and the point's own deviation. The
-trend is a polynomial of second order over the image: slopes of thickness and distortions of the scan are no classes.
+Each point has ``d`` coordinates, some of which may not be known (NaN). Coordinate ``c`` of a point at ``t`` that is of
+class ``k`` is ``mean[k, c] + slope[:, c] . f(t)`` plus a Gaussian of ``spread[c]`` and of the point's own deviation.
+The trend f is of second order over the image: slopes of thickness and distortions of the scan are no classes.
 The first ``shared`` coordinates have one trend in common (a thickness makes the columns of all sites brighter alike).
 (J. Bovy, D. W. Hogg, S. T. Roweis, Ann. Appl. Stat. 5 (2011) 1657, doi:10.1214/10-AOAS439, for the deviations.)
 """

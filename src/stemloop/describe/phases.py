@@ -12,7 +12,12 @@ from scipy.spatial import cKDTree
 from stemloop.core.structure import Assignment, Columns
 from stemloop.describe.mixture import Mixture, Points, fitted, log_densities, smooth_functions
 from stemloop.describe.surroundings import (
-    Local, Surroundings, local_descriptors, log_brightness, shape_of, surroundings,
+    Local,
+    Surroundings,
+    local_descriptors,
+    log_brightness,
+    shape_of,
+    surroundings,
 )  # fmt: skip
 from stemloop.describe.variants import smoothed
 
@@ -72,10 +77,11 @@ def phases(columns: Columns, assignment: Assignment) -> Phases:
     """Sort the columns into phases by their brightness and their local cell.
 
     Coordinates are the ln of each column's amplitude (one coordinate a site, so that the ratio counts too) and size,
-    aspect and angle of the local cell (:func:`local_descriptors`), each with its own deviation. A mixture of Gaussians on
-    a smooth trend (:mod:`stemloop.describe.mixture`) says how likely each phase is; neighbours say it with
+    aspect and angle of the local cell (:func:`local_descriptors`), each with its own deviation. A mixture of Gaussians
+    on a smooth trend (:mod:`stemloop.describe.mixture`) says how likely each phase is; neighbours say it with
     (a Potts prior in mean field). A phase more must lower the Bayesian information criterion, be apart from the
-    others, lie together, and have a gap between it and them or meet them in a step: slopes of thickness or strain, and scattered columns, are none.
+    others, lie together, and have a gap between it and them or meet them in a step. So slopes of thickness or strain,
+    and scattered columns, are none; nor is a factor common to the columns of all sites.
 
     Grains whose cells are alike are sorted together, wherever they are turned; the others for themselves.
 
@@ -152,9 +158,7 @@ def _sorted(columns: Columns, assignment: Assignment, seen: Surroundings, grains
     return _Part(own, member, _families(mixture))
 
 
-def _points(
-    columns: Columns, assignment: Assignment, seen: Surroundings, grains: list[int], own: Integers
-) -> Points:
+def _points(columns: Columns, assignment: Assignment, seen: Surroundings, grains: list[int], own: Integers) -> Points:
     """Amplitudes by site, then size, aspect and angle against the first grain's cell."""
     bright, bright_sigma = log_brightness(columns)
     sites = max(len(assignment.grains[g].basis) for g in grains)
@@ -240,9 +244,7 @@ def _cut(x: Floats) -> float:
     return float((x[best] + x[best + 1]) / 2)
 
 
-def _sound(
-    lent: Points, points: Points, mixture: Mixture, position: Floats, beside: Integers, length: float
-) -> bool:
+def _sound(lent: Points, points: Points, mixture: Mixture, position: Floats, beside: Integers, length: float) -> bool:
     """Whether all phases are large enough, apart, together in space, and with a gap between them or in steps."""
     k = len(mixture.share)
     member = smoothed(log_densities(points, mixture)[:, :-1], beside, _COUPLING)
