@@ -7,7 +7,9 @@ from stemloop.core.structure import Assignment, Columns, Grain
 from stemloop.simulate.pictures import PEAK_OF_DOSE, Layout
 
 
-def columns_of(layout: Layout, dose: float = 1e4, background: float = 0.1, seed: int = 0, noise: bool = True) -> Columns:
+def columns_of(
+    layout: Layout, dose: float = 1e4, background: float = 0.1, seed: int = 0, noise: bool = True
+) -> Columns:
     """The columns of ``layout`` as they would be found at ``dose`` [e/A^2], each at its precision bound.
 
     The bound of a Gaussian on a background b under its peak A: (w / sqrt N) sqrt(1 + 4 b / A), N = 2 pi w^2 A counts.

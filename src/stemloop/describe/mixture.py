@@ -1,8 +1,9 @@
 """A mixture of Gaussians for measured points with deviations, on a smooth trend over the image.
 
-Each point has ``d`` coordinates, some of which may not be known (NaN). Coordinate ``c`` of a point at ``t`` that belongs
-to class ``k`` is ``mean[k, c] + trend[:, c] . f(t)`` plus a Gaussian of ``spread[c]`` and the point's own deviation. The
-trend is a polynomial of second order over the image: slopes of thickness and distortions of the scan are no classes.
+Each point has ``d`` coordinates, some of which may not be known (NaN). Coordinate ``c`` of a point at ``t`` that is of
+class ``k`` is ``mean[k, c] + slope[:, c] . f(t)`` plus a Gaussian of ``spread[c]`` and of the point's own deviation.
+The trend f is of second order over the image: slopes of thickness and distortions of the scan are no classes.
+The first ``shared`` coordinates have one trend in common (a thickness makes the columns of all sites brighter alike).
 (J. Bovy, D. W. Hogg, S. T. Roweis, Ann. Appl. Stat. 5 (2011) 1657, doi:10.1214/10-AOAS439, for the deviations.)
 """
 
@@ -20,15 +21,17 @@ _STRAY, _STRAY_WIDE = 0.01, 3.0
 
 
 class Points(NamedTuple):
-    """``value``, ``sigma`` (n, d), NaN where not known; ``trend`` (n, t) the smooth functions at each."""
+    """``value``, ``sigma`` (n, d), NaN where not known; ``trend`` (n, t) the smooth functions at each; ``shared``
+    coordinates have one trend."""
 
     value: Floats
     sigma: Floats
     trend: Floats
+    shared: int
 
     def take(self, index: NDArray[np.int64] | slice) -> Points:
         """The points at ``index``."""
-        return Points(self.value[index], self.sigma[index], self.trend[index])
+        return self._replace(value=self.value[index], sigma=self.sigma[index], trend=self.trend[index])
 
 
 class Mixture(NamedTuple):
@@ -82,7 +85,7 @@ def fitted(points: Points, member: Floats, steps: int = 40) -> Mixture:
         middle, _STRAY_WIDE * spread, np.inf,
     )  # fmt: skip
     for _ in range(steps):
-        mean, slope, width = _maximised(value, noise, known, points.trend, member, mixture.spread, least)
+        mean, slope, width = _maximised(value, noise, known, points, member, mixture.spread, least)
         share = np.maximum(member.sum(axis=0), 1e-3)
         before = mixture.price
         mixture = mixture._replace(share=share / share.sum(), mean=mean, slope=slope, spread=width)
@@ -101,28 +104,35 @@ def _maximised(
     value: Floats,
     noise: Floats,
     known: NDArray[np.bool_],
-    trend: Floats,
+    points: Points,
     member: Floats,
     spread: Floats,
     least: Floats,
 ) -> tuple[Floats, Floats, Floats]:
-    """Means and slopes together by weighted least squares, coordinate by coordinate, then the spreads."""
-    k, functions = member.shape[1], trend.shape[1]
-    mean, slope, width = np.zeros((k, value.shape[1])), np.zeros((functions, value.shape[1])), spread.copy()
-    for c in range(value.shape[1]):
-        x, variance = value[:, c], noise[:, c] ** 2
-        weight = member * (known[:, c] / (spread[c] ** 2 + variance))[:, None]
-        whole = weight.sum(axis=1)
-        normal = np.zeros((k + functions, k + functions))
-        normal[:k, :k] = np.diag(weight.sum(axis=0))
-        normal[:k, k:] = weight.T @ trend
-        normal[k:, :k] = normal[:k, k:].T
-        normal[k:, k:] = trend.T @ (whole[:, None] * trend)
-        normal += 1e-6 * np.trace(normal) / len(normal) * np.eye(len(normal))
-        solved = np.linalg.solve(normal, np.concatenate([weight.T @ x, trend.T @ (whole * x)]))
-        mean[:, c], slope[:, c] = solved[:k], solved[k:]
+    """Means and slopes together by weighted least squares, coordinates with one trend together, then the spreads."""
+    k, d, functions = member.shape[1], value.shape[1], points.trend.shape[1]
+    mean, slope, width = np.zeros((k, d)), np.zeros((functions, d)), spread.copy()
+    for group in (list(range(points.shared)), *([c] for c in range(points.shared, d))):
+        size = k * len(group) + functions
+        normal, right = np.zeros((size, size)), np.zeros(size)
+        for g, c in enumerate(group):
+            weight = member * (known[:, c] / (spread[c] ** 2 + noise[:, c] ** 2))[:, None]
+            whole = weight.sum(axis=1)
+            own = slice(k * g, k * g + k)
+            normal[own, own] = np.diag(weight.sum(axis=0))
+            normal[own, -functions:] = weight.T @ points.trend
+            normal[-functions:, own] = normal[own, -functions:].T
+            normal[-functions:, -functions:] += points.trend.T @ (whole[:, None] * points.trend)
+            right[own] = weight.T @ value[:, c]
+            right[-functions:] += points.trend.T @ (whole * value[:, c])
+        normal += 1e-6 * np.trace(normal) / size * np.eye(size)
+        solved = np.linalg.solve(normal, right)
+        mean[:, group] = solved[:-functions].reshape(len(group), k).T
+        slope[:, group] = solved[-functions:, None]
+    for c in range(d):
+        variance = noise[:, c] ** 2
         pull = spread[c] ** 2 / (spread[c] ** 2 + variance)
-        left = (x - trend @ slope[:, c])[:, None] - mean[:, c]
+        left = (value[:, c] - points.trend @ slope[:, c])[:, None] - mean[:, c]
         mass = member * known[:, c, None]
         rest = (mass * ((pull[:, None] * left) ** 2 + (pull * variance)[:, None])).sum() / max(mass.sum(), 1e-9)
         width[c] = max(float(np.sqrt(rest)), float(least[c]))

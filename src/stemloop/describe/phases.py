@@ -12,7 +12,12 @@ from scipy.spatial import cKDTree
 from stemloop.core.structure import Assignment, Columns
 from stemloop.describe.mixture import Mixture, Points, fitted, log_densities, smooth_functions
 from stemloop.describe.surroundings import (
-    Local, Surroundings, local_descriptors, log_brightness, shape_of, surroundings,
+    Local,
+    Surroundings,
+    local_descriptors,
+    log_brightness,
+    shape_of,
+    surroundings,
 )  # fmt: skip
 from stemloop.describe.variants import smoothed
 
@@ -29,6 +34,8 @@ _FEWEST = 12
 _DEAR = 3.0
 #: Means of two phases are this many spreads apart in some coordinate that counts.
 _APART = 2.5
+#: Between two phases there are fewer columns than this share of those at either.
+_GAP = 0.3
 #: Two phases with the same cell must differ in ln of the brightness ratio of their sites by this.
 _RATIO = 0.1
 #: Share of the difference of two phases that must be seen as a step within so many cells from where they meet.
@@ -70,10 +77,11 @@ def phases(columns: Columns, assignment: Assignment) -> Phases:
     """Sort the columns into phases by their brightness and their local cell.
 
     Coordinates are the ln of each column's amplitude (one coordinate a site, so that the ratio counts too) and size,
-    aspect and angle of the local cell (:func:`local_descriptors`), each with its own deviation. A mixture of Gaussians on
-    a smooth trend (:mod:`stemloop.describe.mixture`) says how likely each phase is; neighbours say it with
+    aspect and angle of the local cell (:func:`local_descriptors`), each with its own deviation. A mixture of Gaussians
+    on a smooth trend (:mod:`stemloop.describe.mixture`) says how likely each phase is; neighbours say it with
     (a Potts prior in mean field). A phase more must lower the Bayesian information criterion, be apart from the
-    others, lie together and meet them in a step: slopes of thickness or strain, and scattered columns, are none.
+    others, lie together, and have a gap between it and them or meet them in a step. So slopes of thickness or strain,
+    and scattered columns, are none; nor is a factor common to the columns of all sites.
 
     Grains whose cells are alike are sorted together, wherever they are turned; the others for themselves.
 
@@ -150,9 +158,7 @@ def _sorted(columns: Columns, assignment: Assignment, seen: Surroundings, grains
     return _Part(own, member, _families(mixture))
 
 
-def _points(
-    columns: Columns, assignment: Assignment, seen: Surroundings, grains: list[int], own: Integers
-) -> Points:
+def _points(columns: Columns, assignment: Assignment, seen: Surroundings, grains: list[int], own: Integers) -> Points:
     """Amplitudes by site, then size, aspect and angle against the first grain's cell."""
     bright, bright_sigma = log_brightness(columns)
     sites = max(len(assignment.grains[g].basis) for g in grains)
@@ -169,7 +175,7 @@ def _points(
     value[:, -2] = sign * (seen.aspect[own] + base[:, 1]) - reference[1]
     value[:, -1] = seen.angle[own] + base[:, 2] - reference[2]
     sigma[:, -3:] = np.column_stack([seen.sigma[name][own] for name in ("size", "aspect", "angle")])
-    return Points(value, sigma, smooth_functions(columns.position[own]))
+    return Points(value, sigma, smooth_functions(columns.position[own]), sites)
 
 
 def _lent(points: Points, beside: Integers) -> Points:
@@ -196,7 +202,7 @@ def _chosen(lent: Points, points: Points, position: Floats, beside: Integers, le
         tries = sorted(tries, key=lambda m: m.price)[:3]
         trial = min((fitted(sample, _members(sample, m)) for m in tries), key=lambda m: m.price)
         dear = _DEAR * (dimensions + 1) * np.log(len(sample.value))
-        if trial.price > best.price - dear or not _sound(points, trial, position, beside, length):
+        if trial.price > best.price - dear or not _sound(lent, points, trial, position, beside, length):
             break
         best = trial
     return best
@@ -238,8 +244,8 @@ def _cut(x: Floats) -> float:
     return float((x[best] + x[best + 1]) / 2)
 
 
-def _sound(points: Points, mixture: Mixture, position: Floats, beside: Integers, length: float) -> bool:
-    """Whether all phases are large enough, apart, together in space, and meet in steps."""
+def _sound(lent: Points, points: Points, mixture: Mixture, position: Floats, beside: Integers, length: float) -> bool:
+    """Whether all phases are large enough, apart, together in space, and with a gap between them or in steps."""
     k = len(mixture.share)
     member = smoothed(log_densities(points, mixture)[:, :-1], beside, _COUPLING)
     label = member.argmax(axis=1)
@@ -258,7 +264,10 @@ def _sound(points: Points, mixture: Mixture, position: Floats, beside: Integers,
     flat = points.value - points.trend @ mixture.slope
     return all(
         _distinct(mixture.mean[a] - mixture.mean[b], typical, min(count[a], count[b]))
-        and _stepped(flat, position, label, mixture.mean, typical, a, b, length)
+        and (
+            _gapped(lent.value - lent.trend @ mixture.slope, mixture.mean[a], mixture.mean[b], typical)
+            or _stepped(flat, position, label, mixture.mean, typical, a, b, length)
+        )
         for a in range(k)
         for b in range(a)
     )
@@ -271,6 +280,15 @@ def _distinct(difference: Floats, typical: Floats, count: int) -> bool:
     doubt = 4 * float(np.hypot(*np.sort(typical[:-3])[-2:])) / np.sqrt(count) if len(bright) > 1 else 0.0
     thickness = ratio < max(_RATIO, doubt) and cell.max() < 1
     return bool((np.abs(difference / typical) > _APART).any()) and not thickness
+
+
+def _gapped(flat: Floats, one: Floats, other: Floats, typical: Floats) -> bool:
+    """Whether few columns are midway between two phases: what changes steadily has no such gap."""
+    weight = (one - other) / typical**2
+    along = np.where(np.isfinite(flat), flat - other, np.nan) * weight
+    part = np.nansum(along, axis=1) / np.where(np.isfinite(flat), weight * (one - other), 0.0).sum(axis=1).clip(1e-12)
+    at = [int((np.abs(part - middle) < 0.15).sum()) for middle in (0.0, 0.5, 1.0)]
+    return at[1] < _GAP * min(at[0], at[2])
 
 
 def _stepped(

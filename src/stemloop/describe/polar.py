@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 #: Repetitions with new noise: so many cells in all, within these bounds.
-_DRAWN, _FEWEST_DRAWS, _MOST_DRAWS = 600_000, 50, 400
+_DRAWN, _FEWEST_DRAWS, _MOST_DRAWS = 400_000, 40, 150
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Polar:
     the cell is not polar or the directions have no variants; p_variant : (n, k). direction, direction_sigma : (k,)
     [rad] of the variants. region : (n,) int, connected cells of one variant, the largest first, -1 as above.
     coherence : how far the displacements of cells that share no column agree, in deviations of chance (negative where
-    they alternate; beyond about 4 the image is polar). offset : (2,) [px] what was taken off every vector. vectors : (grains, 2, 2) [px] lattices.
+    they alternate; beyond about 4 the image is polar). offset : (grains, 2) [px] what was taken off the vectors of each
+    grain; vectors : (grains, 2, 2) [px] its lattice.
     """
 
     place: Floats
@@ -118,10 +119,10 @@ def polar(
     if site < 1 or relative not in ("none", "mean"):
         raise InputError(f"site must be 1 or more and relative 'none' or 'mean'; got {site} and {relative!r}.")
     parts = [_of_grain(columns, assignment, k, site) for k in range(len(assignment.grains))]
-    offset = np.zeros(2)
-    if relative == "mean" and any(len(p.column) for p in parts):
-        offset = _middle(np.concatenate([p.vector for p in parts]))
-        parts = [p._replace(vector=p.vector - _middle(p.vector)) if len(p.column) else p for p in parts]
+    offset = np.zeros((len(parts), 2))
+    if relative == "mean":
+        offset = np.array([_middle(p.vector) for p in parts]).reshape(-1, 2)
+        parts = [p._replace(vector=p.vector - off) for p, off in zip(parts, offset, strict=True)]
     grids = [_Grid.of(p.cell, np.arange(len(p.cell))) for p in parts]
     parts = [p._replace(sigma=p.sigma * _excess(p, g)) for p, g in zip(parts, grids, strict=True)]
     joined = _Part(*(np.concatenate([getattr(p, n) for p in parts]) if parts else e for n, e in _EMPTY.items()))
@@ -279,11 +280,14 @@ def _balanced(there: NDArray[np.bool_], corners: Integers) -> Floats:
     """(n, m) weight of each corner: all where all are there, else those whose opposite is there too."""
     opposite = (corners[:, None] + corners == 2 * corners.mean(axis=0)).all(axis=-1)
     paired = there & (there @ opposite)
-    return np.where(there.all(axis=1)[:, None], there, paired).astype(np.float64)
+    whole: NDArray[np.bool_] = np.asarray(there.all(axis=1))
+    return np.where(whole[:, None], there, paired).astype(np.float64)
 
 
 def _middle(vector: Floats) -> Floats:
     """Mean of what is left after the far ones (beyond four robust deviations of the median) are out."""
+    if len(vector) == 0:
+        return np.zeros(2)
     off = vector - np.median(vector, axis=0)
     scale = 1.4826 * np.median(np.abs(off), axis=0) + 1e-12
     kept = (np.abs(off) < 4 * scale).all(axis=1)
@@ -336,18 +340,17 @@ def _vortices_of(polar: Polar, grid: _Grid, lattice: Floats, smoothing: float | 
         yield _vortex(charge, hand, float(p), polar, grid)
 
 
-def _vortex(
-    charge: winding.Charge, hand: int, p: float, polar: Polar, grid: _Grid
-) -> Defect:
+def _vortex(charge: winding.Charge, hand: int, p: float, polar: Polar, grid: _Grid) -> Defect:
     (i, j), s = charge.corner, charge.size
     number = grid.table[max(i - 3, 0) : i + s + 4, max(j - 3, 0) : j + s + 4].ravel()
     number = number[number >= 0]
-    rim = grid.table[i : i + s + 1, j : j + s + 1]
-    rim = polar.place[rim[rim >= 0]]
+    on_rim = grid.table[i : i + s + 1, j : j + s + 1]
+    rim = polar.place[on_rim[on_rim >= 0]]
     reach = (s / 2 + 1.2) * float(np.sqrt(abs(np.linalg.det(polar.vectors[polar.grain[number[0]]]))))
     core, sigma = rim.mean(axis=0), np.nan
     for _ in range(4):  # amid the cells that are asked, so that a field that saturates does not pull
-        near = number[np.hypot(*(polar.place[number] - core).T) < reach]
+        away = np.hypot(*(polar.place[number] - core).T)
+        near = number[np.argsort(away)][: max(4, int((away < reach).sum()))]
         core, sigma = _core(polar.place[near], polar.vector[near], polar.sigma[near])
         core = np.clip(core, rim.min(axis=0), rim.max(axis=0))
     place, v = polar.place[near], polar.vector[near]

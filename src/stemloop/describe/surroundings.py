@@ -86,7 +86,7 @@ def surroundings(columns: Columns, assignment: Assignment) -> Surroundings:
             _cell(columns, assignment, g, cells, value, sigma, vectors)
             _brightness(assignment, g, cells, bright, bright_sigma, value, sigma)
             _off_centre(columns, assignment, g, cells, value, sigma)
-    return Surroundings(*(value[name] for name in DESCRIPTORS), vectors, sigma)
+    return Surroundings(**value, vectors=vectors, sigma=sigma)
 
 
 def log_brightness(columns: Columns) -> tuple[Floats, Floats]:

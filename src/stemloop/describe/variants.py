@@ -75,7 +75,7 @@ def variants_of(vector: Floats, sigma: Floats, beside: Integers, number: int | N
     else:
         turn = 2 * np.pi / number
         phase = float(np.angle((sample[0] * np.exp(1j * number * sample[1])).sum())) / number
-        start = _fitted(*sample, phase + turn * np.arange(number), True)
+        start = _fitted(*sample, np.asarray(phase + turn * np.arange(number), dtype=np.float64), True)
     fit = _fitted(length, angle, noise, start.middle, number is not None, steps=8, start=start)
     return _placed(length, angle, noise, beside, fit)
 

@@ -55,7 +55,10 @@ def walls_of(
         own = np.flatnonzero((edges.pair == (a, b)).all(axis=1))
         for path, closed in _paths(edges.ends[own]):
             line = own[path]
-            if len(path) >= fewest and np.isfinite(where[tuple(edges.one[line].T)] + where[tuple(edges.other[line].T)]).all():
+            if (
+                len(path) >= fewest
+                and np.isfinite(where[tuple(edges.one[line].T)] + where[tuple(edges.other[line].T)]).all()
+            ):
                 part = _Edges(*(field[line] for field in edges))
                 found.append(_wall(part, closed, label, table, where, place, vector, sigma, p_variant))
     return found
@@ -216,10 +219,11 @@ def _side(
     """Cells straight away from a wall as long as they are of the same domain, each counted at its nearest edge."""
     step, at = start - opposite, start
     alive = np.ones(len(start), dtype=bool)
+    size = np.array(label.shape)
     wanted = label[tuple(start.T)]
     cell, edge, depth = [], [], []
     for deep in range(_DEEP):
-        inside = ((at >= 0) & (at < label.shape)).all(axis=1)
+        inside: NDArray[np.bool_] = np.asarray(((at >= 0) & (at < size)).all(axis=1))
         safe = np.where(inside[:, None], at, 0)
         alive &= inside & (label[tuple(safe.T)] == wanted)
         number = table[tuple(safe.T)]

@@ -17,6 +17,7 @@ from scipy import ndimage
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 
 def smallest(angle: Floats) -> Floats:
@@ -57,7 +58,7 @@ def smooth(vector: Floats, sigma: Floats, width: float) -> tuple[Floats, Floats]
             ndimage.convolve1d(ndimage.convolve1d(values, by, axis=0, mode="constant"), by, axis=1, mode="constant")
         )
 
-    known = np.isfinite(vector).all(axis=-1) & np.isfinite(sigma).all(axis=-1) & (sigma > 0).all(axis=-1)
+    known: Bools = np.asarray(np.isfinite(vector + sigma).all(axis=-1) & (sigma > 0).all(axis=-1))
     weight = np.where(known[..., None], 1 / np.where(known[..., None], sigma, 1.0) ** 2, 0.0)
     total = spread(weight, kernel)
     held = (spread(known.astype(np.float64), kernel) > 0.4)[..., None]
