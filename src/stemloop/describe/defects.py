@@ -26,7 +26,7 @@ _VACANCIES = 0.01
 _FOUND = 4.0
 #: Columns of the same site around a vacancy by which it is judged.
 _AROUND = 16
-#: Columns nearer to the border than this many of their widths are not compared in brightness.
+#: Nearer to the border than this many widths of a column nothing is called missing or foreign.
 _BORDER = 4.5
 #: A crystal surrounds a place if no gap between its columns seen from there is wider [rad].
 _WIDEST_GAP = np.deg2rad(150)
@@ -87,19 +87,20 @@ def find_defects(columns: Columns, assignment: Assignment, shape: tuple[int, int
     spacing = _spacing(columns.position[assignment.site >= 0])
     empty = _vacancies(columns, assignment, spacing, shape)
     loose = _interstitials(columns, assignment, spacing)
+    odd = _dopants(columns, assignment, np.where(_near_border(columns.position, columns, shape), -1, kind), frames)
     points = (
         *_lonely(empty, loose, spacing),
-        *_dopants(columns, assignment, kind, frames),
+        *odd,
         *_lonely(loose, empty, spacing),
     )
     taken = _within(np.array([d.place[0] for d in points]).reshape(-1, 2), extended, spacing)
     return (*extended, *(d for d, part in zip(points, taken, strict=True) if not part))
 
 
-def _cut(columns: Columns, shape: tuple[int, int]) -> Mask:
-    """(n,) columns so near to the border that those cut by it disturb the fit of their brightness."""
+def _near_border(place: Floats, columns: Columns, shape: tuple[int, int]) -> Mask:
+    """(m,) places so near to the border that columns cut by it, which no fit can know, disturb the fits there."""
     margin = _BORDER * float(np.median(columns.width))
-    return np.asarray(((columns.position < margin) | (columns.position > np.array(shape) - 1 - margin)).any(axis=1))
+    return np.asarray(((place < margin) | (place > np.array(shape) - 1 - margin)).any(axis=1))
 
 
 def _within(place: Floats, extended: tuple[Defect, ...], spacing: float) -> Mask:
@@ -211,8 +212,7 @@ def _vacancies(columns: Columns, assignment: Assignment, spacing: float, shape: 
     place, site, grain = assignment.vacant, assignment.vacant_site, assignment.vacant_grain
     if len(place) == 0:
         return ()
-    margin = float(np.median(columns.width)) * 2
-    inside = ((place >= margin) & (place <= np.array(shape) - 1 - margin)).all(axis=1)
+    inside = ~_near_border(place, columns, shape)
     inside &= np.asarray(cKDTree(columns.position).query(place)[0]) > 0.5 * spacing
     chosen = np.flatnonzero(inside & _surrounded(place, grain, columns, assignment, 1.55))
     asked = np.zeros(len(place), dtype=bool)
