@@ -27,7 +27,9 @@ _FOUND = 4.0
 #: Columns of the same site around a vacancy by which it is judged.
 _AROUND = 16
 #: Nearer to the border than this many widths of a column nothing is called missing or foreign.
-_BORDER = 4.5
+_BORDER = 5.0
+#: A column whose width is off by this part is not compared in brightness.
+_ODD_WIDTH = 0.15
 #: A crystal surrounds a place if no gap between its columns seen from there is wider [rad].
 _WIDEST_GAP = np.deg2rad(150)
 #: Point defects nearer than this many nearest-neighbour distances (or Burgers vectors) to a line or core are of it.
@@ -274,7 +276,7 @@ def _dopants(columns: Columns, assignment: Assignment, kind: Integers, frames: F
     """
     tested = []
     for number in range(len(assignment.grains)):
-        own = (assignment.grain == number) & ~_doubtful(columns)
+        own = (assignment.grain == number) & ~_doubtful(columns) & ~_misfitted(columns)
         for alike in sorted(set(kind[own].tolist()) - {-1}):
             members = np.flatnonzero(own & (kind == alike))
             if len(members) >= _FEWEST:
@@ -297,9 +299,15 @@ def _dopants(columns: Columns, assignment: Assignment, kind: Integers, frames: F
 
 
 def _doubtful(columns: Columns) -> Mask:
+    """(n,) columns that may not be there."""
     if len(columns.p_present) != len(columns):
         return np.zeros(len(columns), dtype=bool)
     return np.asarray(columns.p_present < 0.5)
+
+
+def _misfitted(columns: Columns) -> Mask:
+    """(n,) columns of an odd width: what was fitted there is more, or less, than one column."""
+    return np.asarray(np.abs(np.log(columns.width / np.median(columns.width))) > _ODD_WIDTH)
 
 
 def _contrast(columns: Columns, members: Integers, frames: Floats) -> tuple[Floats, Floats, Floats, float]:
@@ -360,7 +368,7 @@ def _interstitials(columns: Columns, assignment: Assignment, spacing: float) -> 
     tree = cKDTree(columns.position[regular])
     near = np.asarray(tree.query(columns.position[loose], 6)[1]).reshape(-1, 6)
     grains = assignment.grain[regular][near]
-    single = (grains == grains[:, :1]).all(axis=1) & (assignment.boundary[regular][near].mean(axis=1) <= 0.5)
+    single = (grains == grains[:, :1]).all(axis=1) & (assignment.boundary[regular][near].mean(axis=1) < 0.5)
     loose, grain, near = loose[single], grains[single, 0], near[single]
     inside = _surrounded(columns.position[loose], grain, columns, assignment, 1.55)
     loose, grain, near = loose[inside], grain[inside], np.flatnonzero(regular)[near[inside]]
