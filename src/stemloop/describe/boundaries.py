@@ -29,9 +29,10 @@ _ALIKE = 0.8
 #: A column most of whose bonds jump is itself out of place.
 _ODD = 0.7
 
-_MATRICES = np.array(
-    [m for m in itertools.product(range(-2, 3), repeat=4) if m[0] * m[3] - m[1] * m[2] == 1], dtype=np.int64
-).reshape(-1, 2, 2)
+_EVERY = np.array(list(itertools.product(range(-2, 3), repeat=4)), dtype=np.int64).reshape(-1, 2, 2)
+_SIZE = np.rint(np.linalg.det(_EVERY)).astype(np.int64)
+#: Other choices of a lattice's vectors, and vectors of every second to fourth point of it.
+_MATRICES, _SPARSE = _EVERY[_SIZE == 1], _EVERY[(_SIZE > 1) & (_SIZE <= 4)]
 
 
 class Turn(NamedTuple):
@@ -51,16 +52,28 @@ def turn_between(one: Grain, other: Grain) -> Turn:
     images are distorted) are equivalent by the symmetry of the lattice. A distortion of the size of the strain that is
     left turns vectors by up to half of it, which is in the deviation with those of the vectors.
     """
-    choices = _MATRICES @ other.vectors
-    deformation = np.swapaxes(np.linalg.inv(one.vectors) @ choices, -1, -2)
-    values, rotation = strain_and_rotation(deformation)
-    mean, half = (values[:, 0] + values[:, 1]) / 2, np.hypot((values[:, 0] - values[:, 1]) / 2, values[:, 2])
-    strain = np.abs(mean) + half
+    rotation, strain = _compared(one.vectors, _MATRICES @ other.vectors)
     alike = np.flatnonzero(strain < strain.min() + 0.05)
     best = alike[np.argmin(np.abs(rotation[alike]))]
     misfit = float(strain[best])
     sigma = np.linalg.norm([_turn_sigma(one), _turn_sigma(other), misfit / 2])
     return Turn(float(rotation[best]), float(sigma), misfit, _MATRICES[best])
+
+
+def _compared(vectors: Floats, choices: Floats) -> tuple[Floats, Floats]:
+    """Rotation (m,) [rad] and largest principal strain (m,) that take ``vectors`` to each of ``choices`` (m, 2, 2)."""
+    values, rotation = strain_and_rotation(np.swapaxes(np.linalg.inv(vectors) @ choices, -1, -2))
+    mean, half = (values[:, 0] + values[:, 1]) / 2, np.hypot((values[:, 0] - values[:, 1]) / 2, values[:, 2])
+    return rotation, np.abs(mean) + half
+
+
+def _commensurate(one: Grain, other: Grain) -> bool:
+    """Whether one lattice is every second, third or fourth point of the other: the same crystal, seen more coarsely."""
+    for fine, coarse in ((one, other), (other, one)):
+        rotation, strain = _compared(coarse.vectors, _SPARSE @ fine.vectors)
+        if ((np.abs(rotation) < _SAME_TURN) & (strain < _SAME_SIZE)).any():
+            return True
+    return False
 
 
 def _turn_sigma(grain: Grain) -> float:
@@ -115,7 +128,7 @@ def crystals(grains: tuple[Grain, ...]) -> tuple[Integers, Integers]:
 
 
 def grain_boundaries(position: Floats, crystal: Integers, grains: tuple[Grain, ...], whole: Net) -> tuple[Defect, ...]:
-    """Lines between crystals that are turned against each other.
+    """Lines between crystals that are turned against each other, or of different lattices.
 
     Parameters
     ----------
@@ -128,7 +141,7 @@ def grain_boundaries(position: Floats, crystal: Integers, grains: tuple[Grain, .
     lattices) and ``length_px``.
     """
     found = []
-    turns: dict[tuple[int, int], Turn] = {}
+    turns: dict[tuple[int, int], Turn | None] = {}
     pair = np.sort(crystal[whole.bond], axis=1)
     for line, _ in crossings(whole, pair[:, 0] != pair[:, 1]):
         one, other = (int(g) for g in pair[line[0]])
@@ -137,8 +150,11 @@ def grain_boundaries(position: Floats, crystal: Integers, grains: tuple[Grain, .
         if len(line) < _FEWEST_BONDS or _extent(place) < _SHORTEST * size:
             continue
         if (one, other) not in turns:
-            turns[one, other] = turn_between(grains[one], grains[other])
+            alike = _commensurate(grains[one], grains[other])
+            turns[one, other] = None if alike else turn_between(grains[one], grains[other])
         turn = turns[one, other]
+        if turn is None:
+            continue
         found.append(
             Defect(
                 "grain-boundary",

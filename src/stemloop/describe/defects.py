@@ -26,8 +26,10 @@ _VACANCIES = 0.01
 _FOUND = 4.0
 #: Columns of the same site around a vacancy by which it is judged.
 _AROUND = 16
-#: Columns nearer to the border than this many of their widths are not compared in brightness.
-_BORDER = 4.5
+#: Nearer to the border than this many widths of a column nothing is called missing or foreign.
+_BORDER = 5.0
+#: A column whose width is off by this part is not compared in brightness.
+_ODD_WIDTH = 0.15
 #: A crystal surrounds a place if no gap between its columns seen from there is wider [rad].
 _WIDEST_GAP = np.deg2rad(150)
 #: Point defects nearer than this many nearest-neighbour distances (or Burgers vectors) to a line or core are of it.
@@ -87,19 +89,20 @@ def find_defects(columns: Columns, assignment: Assignment, shape: tuple[int, int
     spacing = _spacing(columns.position[assignment.site >= 0])
     empty = _vacancies(columns, assignment, spacing, shape)
     loose = _interstitials(columns, assignment, spacing)
+    odd = _dopants(columns, assignment, np.where(_near_border(columns.position, columns, shape), -1, kind), frames)
     points = (
         *_lonely(empty, loose, spacing),
-        *_dopants(columns, assignment, kind, frames),
+        *odd,
         *_lonely(loose, empty, spacing),
     )
     taken = _within(np.array([d.place[0] for d in points]).reshape(-1, 2), extended, spacing)
     return (*extended, *(d for d, part in zip(points, taken, strict=True) if not part))
 
 
-def _cut(columns: Columns, shape: tuple[int, int]) -> Mask:
-    """(n,) columns so near to the border that those cut by it disturb the fit of their brightness."""
+def _near_border(place: Floats, columns: Columns, shape: tuple[int, int]) -> Mask:
+    """(m,) places so near to the border that columns cut by it, which no fit can know, disturb the fits there."""
     margin = _BORDER * float(np.median(columns.width))
-    return np.asarray(((columns.position < margin) | (columns.position > np.array(shape) - 1 - margin)).any(axis=1))
+    return np.asarray(((place < margin) | (place > np.array(shape) - 1 - margin)).any(axis=1))
 
 
 def _within(place: Floats, extended: tuple[Defect, ...], spacing: float) -> Mask:
@@ -211,8 +214,7 @@ def _vacancies(columns: Columns, assignment: Assignment, spacing: float, shape: 
     place, site, grain = assignment.vacant, assignment.vacant_site, assignment.vacant_grain
     if len(place) == 0:
         return ()
-    margin = float(np.median(columns.width)) * 2
-    inside = ((place >= margin) & (place <= np.array(shape) - 1 - margin)).all(axis=1)
+    inside = ~_near_border(place, columns, shape)
     inside &= np.asarray(cKDTree(columns.position).query(place)[0]) > 0.5 * spacing
     chosen = np.flatnonzero(inside & _surrounded(place, grain, columns, assignment, 1.55))
     asked = np.zeros(len(place), dtype=bool)
@@ -274,7 +276,7 @@ def _dopants(columns: Columns, assignment: Assignment, kind: Integers, frames: F
     """
     tested = []
     for number in range(len(assignment.grains)):
-        own = (assignment.grain == number) & ~_doubtful(columns)
+        own = (assignment.grain == number) & ~_doubtful(columns) & ~_misfitted(columns)
         for alike in sorted(set(kind[own].tolist()) - {-1}):
             members = np.flatnonzero(own & (kind == alike))
             if len(members) >= _FEWEST:
@@ -297,9 +299,15 @@ def _dopants(columns: Columns, assignment: Assignment, kind: Integers, frames: F
 
 
 def _doubtful(columns: Columns) -> Mask:
+    """(n,) columns that may not be there."""
     if len(columns.p_present) != len(columns):
         return np.zeros(len(columns), dtype=bool)
     return np.asarray(columns.p_present < 0.5)
+
+
+def _misfitted(columns: Columns) -> Mask:
+    """(n,) columns of an odd width: what was fitted there is more, or less, than one column."""
+    return np.asarray(np.abs(np.log(columns.width / np.median(columns.width))) > _ODD_WIDTH)
 
 
 def _contrast(columns: Columns, members: Integers, frames: Floats) -> tuple[Floats, Floats, Floats, float]:
@@ -360,7 +368,7 @@ def _interstitials(columns: Columns, assignment: Assignment, spacing: float) -> 
     tree = cKDTree(columns.position[regular])
     near = np.asarray(tree.query(columns.position[loose], 6)[1]).reshape(-1, 6)
     grains = assignment.grain[regular][near]
-    single = (grains == grains[:, :1]).all(axis=1) & (assignment.boundary[regular][near].mean(axis=1) <= 0.5)
+    single = (grains == grains[:, :1]).all(axis=1) & (assignment.boundary[regular][near].mean(axis=1) < 0.5)
     loose, grain, near = loose[single], grains[single, 0], near[single]
     inside = _surrounded(columns.position[loose], grain, columns, assignment, 1.55)
     loose, grain, near = loose[inside], grain[inside], np.flatnonzero(regular)[near[inside]]

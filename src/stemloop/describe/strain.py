@@ -85,7 +85,7 @@ def local_lattice(columns: Columns, assignment: Assignment, reach: float = REACH
     group = one * sites + assignment.site[other]
 
     def summed(values: Floats, to: Integers = one, size: int = n) -> Floats:
-        return np.bincount(to, values, minlength=size)
+        return np.bincount(to, values, minlength=size).astype(np.float64)
 
     w = weight[other]
     mass = summed(w, group, n * sites)
@@ -186,7 +186,7 @@ def strain_of(
     shear = (along[:, 1] + across[:, 0]) / 4
     variance = np.stack([across[:, 1], along[:, 0], shear, shear], axis=1)
     variance += _change(columns.position, assignment, values, variance, local) * (local.offset**2).sum(axis=1)[:, None]
-    return Strain(*values.T, np.sqrt(variance))
+    return Strain(values[:, 0], values[:, 1], values[:, 2], values[:, 3], np.sqrt(variance))
 
 
 def _references(assignment: Assignment, reference: int | NDArray[Any] | None) -> Floats:
@@ -217,7 +217,7 @@ def strain_and_rotation(deformation: Floats) -> tuple[Floats, Floats]:
 def _change(position: Floats, assignment: Assignment, values: Floats, variance: Floats, local: LocalLattice) -> Floats:
     """(n, 4) mean square of the strain's change per pixel in each column's grain, beyond what noise makes.
 
-    It is judged from columns four cells apart, which share no neighbours.
+    It is judged from columns four cells apart along either vector, which share no neighbours.
     """
     out = np.zeros_like(values)
     usable = np.isfinite(values).all(axis=1)
@@ -227,17 +227,15 @@ def _change(position: Floats, assignment: Assignment, values: Floats, variance: 
     tree = cKDTree(position[index])
     for number, grain in enumerate(assignment.grains):
         own = index[assignment.grain[index] == number]
-        found = []
         for vector in grain.vectors:
             distance, near = (np.asarray(v) for v in tree.query(position[own] + 4 * vector))
             partner = index[near]
             met = (distance < 0.5 * np.hypot(*grain.vectors.T).min()) & (assignment.grain[partner] == number)
             left, right = own[met], partner[met]
-            excess = (values[left] - values[right]) ** 2 - variance[left] - variance[right]
-            found.append(excess / np.maximum(((position[left] - position[right]) ** 2).sum(axis=1), 1e-9)[:, None])
-        change = np.concatenate(found) if found else np.zeros((0, 4))
-        if len(change) >= 8:
-            out[assignment.grain == number] = np.maximum(change.mean(axis=0), 0)
+            if len(left) >= 8:
+                excess = (values[left] - values[right]) ** 2 - variance[left] - variance[right]
+                change = excess / ((position[left] - position[right]) ** 2).sum(axis=1)[:, None]
+                out[assignment.grain == number] += np.maximum(change.mean(axis=0), 0)
     return out
 
 
@@ -253,6 +251,8 @@ _RIM = 2.5
 _TAPER = 2.0
 #: A deviation of strain above which nothing is said.
 _UNKNOWN = 0.2
+#: Where the reflections' amplitude is under this part of what it is elsewhere, there is no crystal of this lattice.
+_FAINTEST = 0.25
 #: Independent places (over all draws of noise) by which the deviations are judged.
 _JUDGED = 250
 
@@ -325,7 +325,7 @@ def gpa(
     mesh = [min(m, n) for m, n in zip(mesh, pixels.shape, strict=True)]
     grain = _corner_noise(spectrum)
     noise = _local_variance(grain, width, mesh)
-    g = _reflections(spectrum, np.linalg.inv(lattice).T, noise, width, mesh)
+    g = _reflections(spectrum, np.asarray(np.linalg.inv(lattice).T, np.float64), noise, width, mesh)
     centre = g
     for _ in range(2):  # masks at the mean lattice: an amplitude that ends somewhere then does not shift the phase
         waves = [_wave(spectrum, c, width, mesh) for c in centre]
@@ -335,15 +335,18 @@ def gpa(
         doubt = np.trace(covariance, axis1=-2, axis2=-1)
         centre = g @ np.median(bent[doubt <= np.median(doubt)], axis=0).T
     where = _places(pixels.shape, mesh)
+    inside = np.minimum.outer(*(_to_border(n) for n in pixels.shape)) >= _RIM * width
     sigma = np.sqrt(np.stack([covariance[..., 1, 1], covariance[..., 0, 0]]))
     sigma = np.stack([*sigma, *np.broadcast_to(np.hypot(*sigma) / 2, sigma.shape)])
+    strength = sum(w.amplitude**2 for w in waves)
     regular = (sigma < _UNKNOWN).all(axis=0) & (np.abs(np.linalg.det(bent)) > 0.1)
+    regular &= strength > _FAINTEST**2 * np.quantile(strength, 0.9)
     sigma *= _together(spectrum, grain, centre, bent, weight, g, covariance, regular, width)
     if reference is not None:
-        bent = bent @ np.linalg.inv(_unstrained(bent, regular, reference, pixels.shape))
+        bent = bent @ np.linalg.inv(_unstrained(bent, regular, reference, inside))
     values = _strain(bent, regular)
     known = ndimage.map_coordinates(regular.astype(np.float64), where, order=1, mode="grid-wrap") > 0.99
-    known &= np.minimum.outer(*(_to_border(n) for n in pixels.shape)) >= _RIM * width
+    known &= inside
     maps = [ndimage.map_coordinates(v, where, order=3, mode="grid-wrap") for v in values]
     spread = [ndimage.map_coordinates(s, where, order=1, mode="grid-wrap") for s in sigma]
     e_xx, e_yy, e_xy, rotation = (np.where(known, m, np.nan) for m in maps)
@@ -488,14 +491,14 @@ def _to_border(n: int) -> Floats:
     return np.minimum(np.arange(n), np.arange(n)[::-1]).astype(np.float64)
 
 
-def _unstrained(bent: Floats, regular: NDArray[np.bool_], reference: NDArray[Any], shape: tuple[int, ...]) -> Floats:
-    """Mean of ``F^-T`` over the reference region."""
+def _unstrained(bent: Floats, regular: NDArray[np.bool_], reference: NDArray[Any], inside: NDArray[np.bool_]) -> Floats:
+    """Mean of ``F^-T`` over the reference region, as far as it is ``inside``."""
     region = np.asarray(reference, dtype=bool)
-    if region.shape != tuple(shape):
+    if region.shape != inside.shape:
         raise InputError(
-            f"the reference region has the shape {region.shape}, the image {tuple(shape)}: make them alike."
+            f"the reference region has the shape {region.shape}, the image {inside.shape}: make them alike."
         )
-    chosen = region[_nearest(shape, list(regular.shape))] & regular
+    chosen = (region & inside)[_nearest(inside.shape, list(regular.shape))] & regular
     if not chosen.any():
-        raise InputError("the reference region holds no crystal: choose another, or leave it out.")
+        raise InputError("the reference region holds no crystal off the border: choose another, or leave it out.")
     return np.asarray(bent[chosen].mean(axis=0))
