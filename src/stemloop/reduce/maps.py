@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +27,8 @@ class MapRegistration:
     matrix, matrix_sigma : (2, 2). offset, offset_sigma : (2,) [px of the image], of the map's pixel (0, 0). sigma are
         1-sigma deviations. correlation : between the map and the image as the map would show it, -1 to 1 (negative
         where one is dark where the other is bright). rival : the best correlation of any other place, in size;
-        z_score : how many deviations the chosen place's correlation lies above chance. trusted : whether the place is
-        clear: above five deviations and above the rival by two.
+        z_score : the correlation over its deviation by chance; log_odds : how much likelier [natural logarithm] this place
+        is than the rival. Both count neighbouring residuals that go together as one, and so do the deviations.
     """
 
     matrix: Floats
@@ -38,11 +38,12 @@ class MapRegistration:
     correlation: float
     rival: float
     z_score: float
+    log_odds: float
 
     @property
     def trusted(self) -> bool:
-        """Whether the place is clear."""
-        return self.z_score > 5 and (self.rival <= 0 or self.z_score * (1 - self.rival / abs(self.correlation)) > 2)
+        """Whether the place is clear: a z_score above 5 and log_odds above 10."""
+        return bool(self.z_score > 5 and self.log_odds > 10)
 
     @property
     def sigma(self) -> Floats:
@@ -97,8 +98,8 @@ def register_to_map(
         ratio = np.array(np.broadcast_to(np.asarray(pixel_ratio, dtype=np.float64), 2))
     if not (ratio > 0.5).all():
         raise InputError(f"the image should be finer than the map; got {ratio.tolist()} pixels of it a pixel of the map.")
-    matrix, offset, rival = _searched(picture, chart, ratio, turn_rad, scale_doubt)
-    return _refined(picture, chart, ratio, matrix, offset, rival)
+    found = _searched(picture, chart, ratio, turn_rad, scale_doubt)
+    return _refined(picture, chart, ratio, found)
 
 
 def _checked(image: NDArray[Any], name: str) -> Floats:
@@ -132,10 +133,18 @@ def _turned(angle: float, scale: float) -> Floats:
     return scale * np.array([[c, s], [-s, c]])
 
 
+class _Found(NamedTuple):
+    """A place of the map; ``rival`` the best correlation elsewhere."""
+
+    matrix: Floats
+    offset: Floats
+    rival: float
+
+
 def _searched(
     picture: Floats, chart: Floats, ratio: Floats, turn: float, doubt: float
-) -> tuple[Floats, Floats, float]:
-    """(matrix, offset, rival) of the best of all places, turns and scales, to about half a pixel of the map."""
+) -> _Found:
+    """The best of all places, turns and scales, to about half a pixel of the map."""
     soft = _blurred(picture, ratio)
     step = np.maximum(ratio / _FINE, 1.0)
     size = np.maximum((np.array(picture.shape) / step).astype(int), 1)
@@ -144,31 +153,31 @@ def _searched(
     half = np.hypot(*chart.shape) / 2
     turns = _grid(turn, 0.7 / half)
     scales = 1 + _grid(doubt, 0.7 / half)
-    best = (0.0, np.eye(2), np.zeros(2))
+    best = (0.0, np.diag(ratio), np.array(picture.shape) / 2)
     lists: list[tuple[float, Floats]] = []
     for angle in turns:
         for scale in scales:
             matrix = np.diag(ratio) @ _turned(angle, scale)
-            value, corner = _correlated(view, chart, matrix, step)
+            value = _correlated(view, chart, matrix, step)
             order = np.argsort(np.abs(value), axis=None)[::-1][:200]
-            at = np.column_stack(np.unravel_index(order, value.shape)) + corner
+            at = np.column_stack(np.unravel_index(order, value.shape))
             lists += [(abs(float(v)), p * step) for v, p in zip(value.flat[order[:200]], at, strict=True)]
             if abs(value.flat[order[0]]) > best[0]:
                 best = (abs(float(value.flat[order[0]])), matrix, at[0] * step)
     centre = (np.array(chart.shape) - 1) / 2
     away = [v for v, p in lists if (np.abs(p - best[2]) > 2.0 * ratio).any()]
-    return best[1], best[2] - best[1] @ centre, max(away, default=0.0)
+    return _Found(best[1], best[2] - best[1] @ centre, max(away, default=0.0))
 
 
 def _grid(reach: float, step: float) -> Floats:
     half = int(np.ceil(reach / step)) if reach > 0 else 0
-    half = min(half, 12)
+    half = min(half, 8)
     return np.linspace(-reach, reach, 2 * half + 1) if half else np.zeros(1)
 
 
-def _correlated(view: Floats, chart: Floats, matrix: Floats, step: Floats) -> tuple[Floats, NDArray[np.int64]]:
-    """Correlation of the map with ``view`` (pixels of ``step``), for each place of the map's centre on it; the place of
-    the first element. Places where more than a fifth of the map lies beyond the image count as zero."""
+def _correlated(view: Floats, chart: Floats, matrix: Floats, step: Floats) -> Floats:
+    """Correlation of the map with ``view`` (pixels of ``step``), for each place of the map's centre on it.
+    Places where more than a fifth of the map lies beyond the image count as zero."""
     inverse = np.linalg.inv(matrix) * step[None, :]
     centre = (np.array(chart.shape) - 1) / 2
     reach = np.ceil(np.abs(matrix / step[:, None]) @ (np.array(chart.shape) / 2)).astype(int)
@@ -191,11 +200,11 @@ def _correlated(view: Floats, chart: Floats, matrix: Floats, step: Floats) -> tu
     one, two = slide(np.ones_like(view), shown), slide(np.ones_like(view), shown**2)
     spread = np.maximum(second - first**2 / many, 0) * np.maximum(two - one**2 / many, 0)
     value = (slide(level, shown) - first * one / many) / np.sqrt(np.maximum(spread, 1e-12 * max(float(spread.max()), 1e-300)))
-    return np.where(enough, value, 0.0), np.zeros(2, dtype=np.int64)
+    return np.where(enough, value, 0.0)
 
 
 def _refined(
-    picture: Floats, chart: Floats, ratio: Floats, matrix: Floats, offset: Floats, rival: float
+    picture: Floats, chart: Floats, ratio: Floats, found: _Found
 ) -> MapRegistration:
     """Least squares of the map's pixels in matrix, offset, brightness and level."""
     soft = _blurred(picture, ratio)
@@ -205,11 +214,11 @@ def _refined(
     middle = (np.array(chart.shape) - 1) / 2
     away = (grid - middle).astype(np.float64)
     value = chart.ravel()
-    start, m, c = matrix.copy(), matrix.copy(), offset + matrix @ middle
+    start, m, c = found.matrix, found.matrix.copy(), found.offset + found.matrix @ middle
     size = np.abs(start) @ np.ones(2) * _DOUBT
     prior = np.zeros(6)
     prior[:4] = np.repeat(size, 2) ** -2.0
-    covariance, alike, used = np.full((6, 6), np.nan), 0.0, 0
+    covariance, alike, used, independent = np.full((6, 6), np.nan), 0.0, 0, 1.0
     for _ in range(30):
         place = away @ m.T + c
         seen = ((place >= -0.5) & (place <= np.array(picture.shape) - 0.5)).all(axis=1)
@@ -231,6 +240,7 @@ def _refined(
         normal = slopes.T @ slopes / variance + np.diag(prior)
         pull = np.concatenate([prior[:4] * (start - m).ravel(), np.zeros(2)])
         covariance = np.linalg.inv(normal)
+        independent = _independent(rest, seen, chart.shape)
         step = covariance @ (slopes.T @ rest / variance + pull)
         most = max(float(np.abs(step[4:]).max()), float(np.abs(step[:4]).max()) * float(middle.max()))
         step *= min(1.0, 0.3 * float(ratio.min()) / max(most, 1e-12))
@@ -238,10 +248,26 @@ def _refined(
         alike = float(np.corrcoef(told, value[seen])[0, 1]) if np.ptp(told) > 0 else 0.0
         if most < 1e-4 * float(ratio.min()):
             break
+    # residuals that go together count as fewer; the prior stays what it is
+    covariance = np.linalg.inv((np.linalg.inv(covariance) - np.diag(prior)) * independent + np.diag(prior))
     # the offset is of pixel (0, 0): its deviation takes the matrix's part along
     turn = np.hstack([-np.kron(np.eye(2), middle[None, :]), np.eye(2)])
     spread = np.sqrt(np.maximum(np.diag(turn @ covariance @ turn.T), 0))
-    z = float(np.arctanh(np.clip(abs(alike), 0, 1 - 1e-12)) * np.sqrt(max(used - 9, 1)))
-    return MapRegistration(
-        m, c - m @ middle, np.sqrt(np.diag(covariance))[:4].reshape(2, 2), spread, alike, rival, z
-    )
+    count = max(used * independent - 9, 1.0)
+    z = float(np.arctanh(min(abs(alike), 1 - 1e-12)) * np.sqrt(count))
+    odds = 0.5 * count * float(np.log(max(1 - found.rival**2, 1e-12) / max(1 - alike**2, 1e-12)))
+    deviation = np.sqrt(np.diag(covariance))[:4].reshape(2, 2)
+    return MapRegistration(m, c - m @ middle, deviation, spread, alike, found.rival, z, odds)
+
+
+def _independent(rest: Floats, seen: NDArray[np.bool_], shape: tuple[int, ...]) -> float:
+    """Share of the residuals that counts: less where neighbours go together."""
+    whole = np.zeros(len(seen))
+    whole[seen] = rest
+    field = whole.reshape(shape)
+    power = max(float((field**2).mean()), 1e-300)
+    share = 1.0
+    for one, other in ((field[1:], field[:-1]), (field[:, 1:], field[:, :-1])):
+        along = min(max(float((one * other).mean()) / power, 0.0), 0.95) if one.size else 0.0
+        share *= (1 - along) / (1 + along)
+    return share

@@ -27,6 +27,8 @@ from scipy import fft, ndimage
 
 from stemloop.core.errors import InputError
 from stemloop.core.protocols import Frames
+from stemloop.reduce.maps import MapRegistration as MapRegistration
+from stemloop.reduce.maps import register_to_map as register_to_map
 from stemloop.reduce.shifting import REACH, moved
 
 Floats = NDArray[np.float64]
