@@ -185,11 +185,11 @@ def test_places_near_the_border_have_none():
 
 
 def test_patches_are_the_image_at_the_place():
-    image, columns, place = seen(surroundings(), dose=1e4)
+    image, _, place = seen(surroundings(), dose=1e4)
     (patch,) = patches(image, place, 9.0, 40)  # 39.6 px a side: about pixel for pixel
     top = (patch.shape[0] - 1) // 2
     assert patch[top : top + 2, top : top + 2].max() == pytest.approx(image[tuple(place[0].astype(int))], rel=0.05)
-    assert patches(image, place + [0, 300.0], 9.0).shape == (1, 32, 32)  # beyond the border its pixels go on
+    assert patches(image, place + np.array([0, 300.0]), 9.0).shape == (1, 32, 32)  # beyond the border its pixels go on
 
 
 @pytest.mark.parametrize(
