@@ -2,11 +2,11 @@
 
 Images of several materials are counted at random orientation, pixel size (8 to 28 pm), background and dose. In each,
 one defect of every kind is planted. From image to fingerprints only what the program finds is used: the columns and
-vacant places of ``find_columns``; a planted defect that is neither (the middle of a split column, of a pair of vacancies, a
-dislocation core) gets an entry at its true place, give or take 0.04 spacings. Then every planted defect is looked up
-without its own image. It is found first if the nearest entry of all lies at a planted defect of the same kind and
-material (within half a spacing). The library holds the columns and defects of all images, first alone, then among
-10^6 entries: the perfect columns again and again, each with the noise of an image of its own.
+vacant places of ``find_columns``; a planted defect that is neither (the middle of a split column, of a pair of
+vacancies, a dislocation core) gets an entry at its true place, give or take 0.04 spacings. Then every planted defect
+is looked up without its own image. It is found first if the nearest entry of all lies at a planted defect of the same
+kind and material (within half a spacing). The library holds the columns and defects of all images, first alone, then
+among 10^6 entries: the perfect columns again and again, each with the noise of an image of its own.
 
 Run: python benchmarks/library_search.py [--entries N] [--images N]
 """
