@@ -169,7 +169,8 @@ path, first = sys.argv[1], int(sys.argv[2])
 with Library(path) as library:
     for batch in range(first, 10**9):
         vectors = np.random.default_rng(batch).normal(size=(5, 48)).astype(np.float32)
-        library.add([Element(v, "column", (batch, k), patch=np.eye(8)) for k, v in enumerate(vectors)], "f", f"{batch:064x}")
+        some = [Element(v, "column", (batch, k), patch=np.eye(8)) for k, v in enumerate(vectors)]
+        library.add(some, "f", f"{batch:064x}")
         print(batch, flush=True)
 """
 

@@ -79,8 +79,8 @@ def _search(words: argparse.Namespace) -> int:
         best = sighting.matches[0]
         y, x = best.entry.place
         print(
-            f"{sighting.source} frame {sighting.frame}: {len(sighting.matches)} times, the nearest at ({y:.1f}, {x:.1f})"
-            f" px: {best.entry.kind}, distance {best.distance:.1f}, p {best.p_same:.2g}"
+            f"{sighting.source} frame {sighting.frame}: {len(sighting.matches)} times, the nearest at "
+            f"({y:.1f}, {x:.1f}) px: {best.entry.kind}, distance {best.distance:.1f}, p {best.p_same:.2g}"
         )
     if not sightings:
         print("nowhere else")

@@ -8,7 +8,8 @@ those of a continuous-time Markov chain that is looked at now and then, with no 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,6 +96,17 @@ class _Growing(NamedTuple):
     frame: Integers
     track: Integers
 
+    def take(self, kept: NDArray[np.bool_]) -> _Growing:
+        return _Growing(self.position[kept], self.variance[kept], self.frame[kept], self.track[kept])
+
+    def joined(self, more: _Growing) -> _Growing:
+        return _Growing(
+            np.concatenate([self.position, more.position]),
+            np.concatenate([self.variance, more.variance]),
+            np.concatenate([self.frame, more.frame]),
+            np.concatenate([self.track, more.track]),
+        )
+
 
 def link(
     frames: Sequence[Columns],
@@ -149,7 +161,7 @@ def link(
         (),
     )
     found = (*_meetings(tracks, used, reach), *_reconstructions(tracks, reach))
-    return Tracks(*(getattr(tracks, n) for n in list(Tracks.__dataclass_fields__)[:-1]), tuple(found))
+    return replace(tracks, events=tuple(found))
 
 
 def _spacing(frames: Sequence[Columns]) -> float:
@@ -188,14 +200,14 @@ def _offset(before: Floats, after: Floats, reach: float) -> Floats:
     low = np.minimum(before.min(axis=0), after.min(axis=0))
     size = np.ceil((np.maximum(before.max(axis=0), after.max(axis=0)) - low) / bin_px).astype(int) + 1
     edges = [np.arange(n + 1) * bin_px + x for n, x in zip(size, low - 0.5 * bin_px, strict=True)]
-    a, b = (np.histogram2d(*p.T, bins=edges)[0] for p in (before, after))
+    a, b = (np.histogram2d(p[:, 0], p[:, 1], bins=edges)[0] for p in (before, after))
     votes = gaussian_filter(fftconvolve(b, a[::-1, ::-1]), 1.0, mode="constant")
     tops = np.argwhere((votes == maximum_filter(votes, 5)) & (votes > 0.7 * votes.max()))
     lags = (tops - (np.array(a.shape) - 1)) * bin_px
     offset = np.asarray(lags[np.hypot(*lags.T).argmin()], dtype=np.float64)
     tree = cKDTree(before)
     for limit in (reach, reach, 0.5 * reach):
-        distance, which = tree.query(after - offset)
+        distance, which = (np.asarray(v) for v in tree.query(after - offset))
         near = distance < limit
         if near.any():
             offset = offset + np.median((after - offset - before[which])[near], axis=0)
@@ -205,11 +217,12 @@ def _offset(before: Floats, after: Floats, reach: float) -> Floats:
 def _usual_step(place: list[Floats], variance: list[Floats], used: list[int], reach: float) -> float:
     """Robust deviation of one coordinate of the moves between neighbouring frames beyond the positions' deviations."""
     squares = []
-    for a, b in zip(used[:-1], used[1:], strict=True):
-        forth, back = cKDTree(place[a]).query(place[b]), cKDTree(place[b]).query(place[a])
-        mutual = (back[1][forth[1]] == np.arange(len(place[b]))) & (forth[0] < reach)
-        off = place[b][mutual] - place[a][forth[1][mutual]]
-        squares.append(((off**2) / (b - a), (variance[b][mutual] + variance[a][forth[1][mutual]]) / (b - a)))
+    for a, b in pairwise(used):
+        far, forth = (np.asarray(v) for v in cKDTree(place[a]).query(place[b]))
+        back = np.asarray(cKDTree(place[b]).query(place[a])[1])
+        mutual = (back[forth] == np.arange(len(place[b]))) & (far < reach)
+        off = place[b][mutual] - place[a][forth[mutual]]
+        squares.append(((off**2) / (b - a), (variance[b][mutual] + variance[a][forth[mutual]]) / (b - a)))
     if not squares:
         return 0.1 * reach
     square, known = (np.concatenate([s[i] for s in squares]).ravel() for i in (0, 1))
@@ -227,7 +240,7 @@ def _linked(
     count = 0
     growing = _Growing(np.zeros((0, 2)), np.zeros((0, 2)), np.zeros(0, np.int64), np.zeros(0, np.int64))
     for k in used:
-        growing = _Growing(*(part[growing.frame >= k - 1 - gap] for part in growing))
+        growing = growing.take(growing.frame >= k - 1 - gap)
         own = _paired(growing, place[k], variance[k], k, step, reach)
         fresh = own < 0
         label[k] = np.where(fresh, 0, growing.track[own] if len(growing.track) else 0).astype(np.int64)
@@ -235,8 +248,7 @@ def _linked(
         count += int(fresh.sum())
         kept = np.ones(len(growing.track), bool)
         kept[own[~fresh]] = False
-        now = (place[k], variance[k], np.full(len(place[k]), k), label[k])
-        growing = _Growing(*(np.concatenate([old[kept], new]) for old, new in zip(growing, now, strict=True)))
+        growing = growing.take(kept).joined(_Growing(place[k], variance[k], np.full(len(place[k]), k), label[k]))
     return label
 
 
@@ -290,7 +302,7 @@ def _meetings(tracks: Tracks, used: list[int], reach: float) -> list[Event]:
         return []
     starts = np.flatnonzero(np.diff(tracks.track, prepend=-1))
     ends = np.append(starts[1:], len(tracks.track)) - 1
-    after, events = dict(zip(used[:-1], used[1:], strict=True)), []
+    after, events = dict(pairwise(used)), []
     rows_of = {k: np.flatnonzero(tracks.frame == k) for k in used}
     for kind, edge in (("merge", ends), ("split", starts)):
         for k in used:
@@ -302,7 +314,7 @@ def _meetings(tracks: Tracks, used: list[int], reach: float) -> list[Event]:
             hosts = rows_of[other][np.isin(tracks.track[rows_of[other]], both)]
             if len(hosts) == 0:
                 continue
-            far, which = cKDTree(tracks.position[hosts]).query(tracks.position[mine])
+            far, which = (np.asarray(v) for v in cKDTree(tracks.position[hosts]).query(tracks.position[mine]))
             for row, host, distance in zip(mine, hosts[which], far, strict=True):
                 if distance < reach and _adds_up(tracks, row, host, k):
                     pair = (int(tracks.track[row]), int(tracks.track[host]))
@@ -389,9 +401,9 @@ def transitions(tracks: Tracks, states: NDArray[Any], frame_time_s: float) -> Ra
     lag = np.diff(tracks.frame)[on]
     counts = np.zeros((int(lag.max()) + 1, len(names), len(names)), np.int64)
     np.add.at(counts, (lag, number[on], number[on + 1]), 1)
-    time_s = frame_time_s * np.bincount(number[on], lag, len(names))
+    time_s = np.asarray(frame_time_s * np.bincount(number[on], lag, len(names)), dtype=np.float64)
     rate, sigma = _likeliest(counts, frame_time_s, time_s)
-    occupation = np.asarray(linalg.null_space(_generator(rate).T)[:, 0])
+    occupation = np.asarray(linalg.null_space(_generator(rate).T)[:, 0], dtype=np.float64)
     return Rates(tuple(names.tolist()), rate, sigma, counts.sum(axis=0), time_s, occupation / occupation.sum())
 
 

@@ -101,7 +101,7 @@ def _whitening() -> Whitening:
 
 
 def spacing(position: NDArray[Any]) -> float:
-    """Root of the area [px] that a column has: of the median Voronoi cell, so that gaps and borders do not count.
+    """Root of the area [px] that a column has: of the most frequent Voronoi cell; gaps and borders do not count.
 
     Raises InputError where fewer than a dozen columns, or columns in a line, leave it open.
     """
@@ -111,9 +111,9 @@ def spacing(position: NDArray[Any]) -> float:
             cells = Voronoi(points)
         except QhullError:
             cells = None
-        areas = [] if cells is None else _areas(cells)
+        areas = np.array([] if cells is None else _areas(cells))
         if len(areas) >= 4:
-            return float(np.sqrt(np.median(areas)))
+            return float(np.exp(0.5 * _most_frequent(np.log(areas))))
     raise InputError(f"{len(points)} columns do not say how far apart columns are; give pixel_size_nm.")
 
 
@@ -128,6 +128,17 @@ def _areas(cells: Voronoi) -> list[float]:
         if y.min() >= low[0] and x.min() >= low[1] and y.max() <= high[0] and x.max() <= high[1]:
             areas.append(0.5 * abs(float(y @ np.roll(x, 1) - x @ np.roll(y, 1))))
     return areas
+
+
+def _most_frequent(x: Floats) -> float:
+    """The mean of what lies within 0.12 of the top of the histogram, smoothed by 0.04."""
+    step = 0.01
+    low = x.min() - 0.2
+    counts = np.bincount(((x - low) / step).astype(int), minlength=int((np.ptp(x) + 0.4) / step) + 1).astype(float)
+    top = low + step * (0.5 + int(np.argmax(ndimage.gaussian_filter1d(counts, 4.0))))
+    for _ in range(3):
+        top = float(x[np.abs(x - top) < 0.12].mean())
+    return top
 
 
 def unit_px(columns: Columns, pixel_size_nm: float | None = None) -> float:

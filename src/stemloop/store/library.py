@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from stemloop.core.durable import sync_folder
-from stemloop.core.errors import InputError, IntegrityError, StorageError, StemloopError, UnreadableFile
+from stemloop.core.errors import InputError, IntegrityError, StemloopError, StorageError, UnreadableFile
 from stemloop.store import neighbours
 
 _FORMAT = "stemloop library 1"
@@ -42,7 +42,9 @@ CREATE TABLE entries (
 CREATE TABLE patches (id INTEGER PRIMARY KEY REFERENCES entries, rows INTEGER NOT NULL, picture BLOB NOT NULL);
 CREATE INDEX entries_kind ON entries (kind);
 """
-_FIELDS = "e.id, s.name, s.sha256, e.frame, e.y, e.x, e.kind, e.phase, e.p, e.scatter, e.pixel_size_m, e.detail, e.added"
+_FIELDS = (
+    "e.id, s.name, s.sha256, e.frame, e.y, e.x, e.kind, e.phase, e.p, e.scatter, e.pixel_size_m, e.detail, e.added"
+)
 #: New vectors are compared one by one until there are more than this, and a tenth of the indexed ones.
 _LOOSE = 20_000
 
@@ -313,7 +315,9 @@ class Library:
         """Numbers and distances of the ``k`` nearest entries; as :meth:`search`, without looking the entries up."""
         query = np.ascontiguousarray(fingerprint, dtype=np.float32)
         if query.shape != (self.dimension,) or not np.isfinite(query).all() or k < 1:
-            raise InputError(f"a query is {self.dimension} finite numbers and k at least 1; got {query.shape}, k = {k}.")
+            raise InputError(
+                f"a query is {self.dimension} finite numbers and k at least 1; got {query.shape}, k = {k}."
+            )
         without = -1
         if without_source is not None:
             found = self._ask("SELECT id FROM sources WHERE sha256 = ?", (without_source,))
@@ -434,10 +438,15 @@ class Library:
 
     def _vectors(self, after: int) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
         """Numbers, sources and fingerprints of the entries after number ``after``."""
-        found = self._ask("SELECT id, source, vector FROM entries WHERE id > ? ORDER BY id", (after,))
-        vectors = np.frombuffer(b"".join(row[2] for row in found), "<f4").reshape(-1, self.dimension)
-        names = np.array([row[0] for row in found], np.int64)
-        return names, np.array([row[1] for row in found], np.int32), vectors.astype(np.float32, copy=False)
+        names, sources, vectors = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)], [np.zeros(0, "<f4")]
+        with _translated(self.path):
+            found = self._base.execute("SELECT id, source, vector FROM entries WHERE id > ? ORDER BY id", (after,))
+            while rows := found.fetchmany(50_000):
+                names.append(np.array([row[0] for row in rows], np.int64))
+                sources.append(np.array([row[1] for row in rows], np.int32))
+                vectors.append(np.frombuffer(b"".join(row[2] for row in rows), "<f4"))
+        together = np.concatenate(vectors).astype(np.float32, copy=False)
+        return np.concatenate(names), np.concatenate(sources), together.reshape(-1, self.dimension)
 
 
 @dataclass(frozen=True)
@@ -452,9 +461,7 @@ class _Loose:
     def empty(cls, dimension: int) -> _Loose:
         return cls(np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros((0, dimension), np.float32))
 
-    def with_more(
-        self, entry: NDArray[np.int64], source: NDArray[np.int32], vectors: NDArray[np.float32]
-    ) -> _Loose:
+    def with_more(self, entry: NDArray[np.int64], source: NDArray[np.int32], vectors: NDArray[np.float32]) -> _Loose:
         return _Loose(
             np.concatenate([self.entry, entry]),
             np.concatenate([self.source, source]),

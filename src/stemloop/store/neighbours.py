@@ -79,9 +79,7 @@ def build(entry: NDArray[np.int64], source: NDArray[np.int32], vectors: NDArray[
     return _ordered(entry, source, vectors, _cells(vectors, centre), centre, n)
 
 
-def extended(
-    index: Index, entry: NDArray[np.int64], source: NDArray[np.int32], vectors: NDArray[np.float32]
-) -> Index:
+def extended(index: Index, entry: NDArray[np.int64], source: NDArray[np.int32], vectors: NDArray[np.float32]) -> Index:
     """``index`` with more vectors; the centres are chosen anew when there are four times as many as they were for."""
     old = np.repeat(np.arange(len(index.centre)), np.diff(index.start))
     everything = np.concatenate([index.vectors, vectors])
@@ -181,7 +179,7 @@ def save(index: Index, path: Path, library: str) -> None:
         with open(new, "wb") as file:
             file.write(_HEAD.pack(_MAGIC, len(words), google_crc32c.value(words)) + words)
             for part in parts.values():
-                file.write(memoryview(part).cast("B"))
+                file.write(part.data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
