@@ -2,8 +2,8 @@
 
 The image is counted: a perovskite along [001], 15 pm a pixel, the bright sublattice at the corners (Gaussian columns of
 45 pm), the weaker one at the centres (42 pm, half as intense) and displaced by +-20 pm in two domains, thermal jitter
-of 3 pm, 1 % of the weaker columns missing, a brightness that varies by a quarter over the image, Poisson noise at the
-stated dose. The bound is that of one column whose position, amplitude, width and background are all unknown, by the
+of 3 pm, 1 % of the weaker columns missing, a brightness (thickness) that varies by a quarter from column to column and
+in the background between them, Poisson noise at the stated dose. The bound is that of one column whose position, amplitude, width and background are all unknown, by the
 Fisher information of independent Poisson pixels.
 
 Run: python benchmarks/columns.py [--peer PYTHON_WITH_ATOMAP]
@@ -64,11 +64,11 @@ def perovskite(size: int, dose: float, seed: int = 0, pixel_pm: float = 15.0) ->
     width = np.array(WIDTH_PM)[sublattice] / pixel_pm
     peak = dose * (pixel_pm / 100) ** 2 * PEAK_OF_DOSE
     amplitude = peak * np.array([1.0, 0.5])[sublattice]
-    mean = paint((size, size), position, amplitude, width) + 0.1 * peak
     y, x = np.meshgrid(np.linspace(0, 1, size), np.linspace(0, 1, size), indexing="ij")
     brightness = 1 + 0.25 * np.sin(2 * np.pi * (0.6 * x + 0.3 * y))
-    image = rng.poisson(mean * brightness).astype(np.float64)
     local = brightness[tuple(position.round().astype(int).T)]
+    image = rng.poisson(paint((size, size), position, amplitude * local, width) + 0.1 * peak * brightness)
+    image = image.astype(np.float64)
     bound = np.array([_bound(A * b, w, 0.1 * peak * b) for A, b, w in zip(amplitude, local, width, strict=True)])
     return Case(image, position, sublattice, bound, vacancy)
 

@@ -76,11 +76,17 @@ class Opened:
         step = rows or max(1, BLOCK_BYTES // max(1, row))
         for first in range(0, found.shape[0], step):
             stop = min(first + step, found.shape[0])
-            _, payload = self._ask((stop - first) * row, what="rows", which=which, first=first, stop=stop)
-            shape = (stop - first, *found.shape[1:])
-            if len(payload) != math.prod(shape) * found.dtype.itemsize:
-                raise UnreadableFile(f"{self._name} ended early: rows {first} to {stop - 1} are not all there.")
-            yield first, np.frombuffer(payload, found.dtype).reshape(shape)
+            yield first, self.rows(which, first, stop)
+
+    def rows(self, which: int, first: int, stop: int) -> NDArray[Any]:
+        """data[first : stop] of dataset ``which`` (parts along its first axis)."""
+        found = self.found[which]
+        shape = (stop - first, *found.shape[1:])
+        nbytes = math.prod(shape) * found.dtype.itemsize
+        _, payload = self._ask(nbytes, what="rows", which=which, first=first, stop=stop)
+        if len(payload) != nbytes:
+            raise UnreadableFile(f"{self._name} ended early: rows {first} to {stop - 1} are not all there.")
+        return np.frombuffer(payload, found.dtype).reshape(shape)
 
     def frames(self, which: int = 0, step: int = 1) -> Iterator[tuple[int, NDArray[Any]]]:
         """(first, frames (n, rows, columns)) through dataset ``which`` (three axes or four), at most about ``step``
