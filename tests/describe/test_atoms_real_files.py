@@ -34,7 +34,7 @@ def test_strontium_titanate_110():
     strontium = columns.position[columns.sublattice == 0]
     assert len(strontium) == 117  # another program's number away from the border; here none is nearer
     assert spacing_along(strontium, (1, 0), 29.2) == pytest.approx(29.23, abs=0.3)  # by a spectrum
-    assert spacing_along(strontium, (0, 1), 42.2) == pytest.approx(42.22, abs=0.3)
+    assert spacing_along(strontium, (0, 1), 42.2) == pytest.approx(42.22, abs=0.4)
     titanium = columns.position[columns.sublattice == 1]
     assert len(titanium) == 104  # one between each two
     assert len(columns) == 221 and len(columns.vacant) == 0
@@ -85,7 +85,7 @@ def test_molybdenum_disulphide(number, spacing):
 def test_iron_with_a_grain_boundary():
     columns = find_columns(np.load(DATA / "ai4stem/Fe_bcc_100.npy"))
     near = cKDTree(columns.position).query(columns.position, 5)[0][:, 1:]
-    assert np.median(near) == pytest.approx(16.5, abs=0.3)
+    assert np.median(near) == pytest.approx(16.5, abs=0.4)
     assert 0.88 < len(columns) * 16.5**2 / 512**2 < 1
     turn = []
     for grain in (columns.position[:, 0] < 220, columns.position[:, 0] > 300):
