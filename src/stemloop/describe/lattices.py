@@ -37,6 +37,8 @@ _OCCUPIED = 0.6
 #: Nor is it where columns of its kind have a larger deviation [widths]: they could hide in the noise.
 _CERTAIN = 0.15
 _FREEDOM = 4.0
+#: Where they could hide, even the finder's word counts only if it calls no more than this share of them vacant.
+_RARE = 0.06
 #: A place that fewer of the cells hold is none of the lattice's.
 _SPARSE = 0.1
 
@@ -467,7 +469,10 @@ def _gaps(
         asked = np.asarray(cKDTree(known).query(places)[0]) < 0.42 * nearest
     count = np.bincount(cells.site, minlength=len(cells.basis))
     lost = np.bincount(kinds[votes >= 3], minlength=len(cells.basis))
-    usual = (count / np.maximum(count + lost, 1) >= _OCCUPIED) & (_doubt(field, index, cells) < _CERTAIN)
+    certain = _doubt(field, index, cells) < _CERTAIN
+    usual = (count / np.maximum(count + lost, 1) >= _OCCUPIED) & certain
+    rare = np.bincount(kinds[asked], minlength=len(cells.basis)) <= np.maximum(_RARE * count, 2)
+    asked &= (certain | rare)[kinds]
     vacant = ((votes >= 3) & (usual[kinds] | asked)) | ((votes >= 2) & asked) if len(places) else asked
     vacant &= _enclosed(field, places, kinds, cells.frame[voters], mine, 0.42 * nearest)
     rim = ~met
