@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
+from stemloop.describe.decoration import Cells, finest
 from stemloop.describe.vectors import standard, wrapped
 
 Floats = NDArray[np.float64]
@@ -55,7 +56,9 @@ def seed(position: Floats, tree: cKDTree, around: Integers, shape: tuple[int, ..
     if chosen is None:
         return None
     basis, start = _places(places, chosen, nearest)
-    return Seed(int(around[start]), chosen, basis, nearest, float(share.mean()))
+    nobody = np.zeros(0, np.int64)
+    cells = finest(Cells(chosen, basis, nobody.reshape(0, 2), nobody, np.zeros((0, 2, 2))), nearest)
+    return Seed(int(around[start]), cells.vectors, cells.basis, nearest, float(share.mean()))
 
 
 def _shifts(
@@ -147,7 +150,7 @@ def common_place(fraction: Floats, vectors: Floats, reach: float) -> Floats | No
     if len(fraction) < _FEWEST:
         return None
     reach = min(reach, float(np.sqrt(abs(np.linalg.det(vectors)) / (4 * np.pi))))
-    sample = fraction[:2000]
+    sample = fraction[:: -(-len(fraction) // 800)]
     off = wrapped(sample[None] - sample[:, None], vectors)
     near = np.hypot(off[..., 0], off[..., 1]) < reach
     i = int(near.sum(axis=1).argmax())

@@ -27,6 +27,8 @@ REACH = 1.5
 #: Weight of the vectors that a column inherits, in squared steps of the lattice.
 _INHERITED = 6.0
 _FIT = 0.25
+#: Principal stretches, against the lattice where the walk began, between which a lattice is still the same one.
+STRETCH = (0.89, 1.12)
 
 
 @njit(cache=True, nogil=True)
@@ -158,6 +160,19 @@ def _adapt(
 
 
 @njit(cache=True, nogil=True)
+def _alike(frame: Floats, vectors: Floats) -> bool:
+    """Whether the deformation of ``vectors`` into ``frame`` is, but for a turn, a small strain (not, say, a twin)."""
+    det = vectors[0, 0] * vectors[1, 1] - vectors[0, 1] * vectors[1, 0]
+    a = (vectors[1, 1] * frame[0, 0] - vectors[0, 1] * frame[1, 0]) / det
+    b = (vectors[1, 1] * frame[0, 1] - vectors[0, 1] * frame[1, 1]) / det
+    c = (vectors[0, 0] * frame[1, 0] - vectors[1, 0] * frame[0, 0]) / det
+    d = (vectors[0, 0] * frame[1, 1] - vectors[1, 0] * frame[0, 1]) / det
+    square, area = a * a + b * b + c * c + d * d, abs(a * d - b * c)
+    plus, minus = np.sqrt(square + 2 * area), np.sqrt(max(square - 2 * area, 0.0))
+    return bool(plus + minus < 2 * STRETCH[1] and plus - minus > 2 * STRETCH[0])
+
+
+@njit(cache=True, nogil=True)
 def walk(
     position: Floats, near: Integers, vectors: Floats, basis: Floats, start: int, nearest: float, levels: Floats
 ) -> tuple[Any, Any, Any, Any]:
@@ -209,7 +224,8 @@ def walk(
                 ):
                     continue
                 _adapt(m, s, i, j, position, near, site, cell, reach, tolerance, frame)
-                if _support(m, position, near, frame, basis, s, reach, _FIT * nearest) < SUPPORT:
+                support[m] = _support(m, position, near, frame, basis, s, reach, _FIT * nearest)
+                if support[m] < SUPPORT or not _alike(frame, vectors):
                     continue
                 site[m], cell[m, 0], cell[m, 1] = s, i, j
                 frames[m] = frame
