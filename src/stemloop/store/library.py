@@ -160,13 +160,14 @@ class Library:
         self._loose = _Loose.empty(self.dimension)
 
     def _open(self, dimension: int, scale: str) -> None:
-        with self._writing():
-            if self._base.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
-                for statement in _SCHEMA.split(";"):
-                    self._base.execute(statement)
-                about = {"format": _FORMAT, "name": uuid.uuid4().hex, "dimension": str(dimension), "scale": scale}
-                self._base.executemany("INSERT INTO about VALUES (?, ?)", about.items())
-        sync_folder(self.path.parent)
+        if self._is_empty():  # only then a lock is taken: readers of a known library wait for nobody
+            with self._writing():
+                if self._is_empty():
+                    for statement in _SCHEMA.split(";"):
+                        self._base.execute(statement)
+                    about = {"format": _FORMAT, "name": uuid.uuid4().hex, "dimension": str(dimension), "scale": scale}
+                    self._base.executemany("INSERT INTO about VALUES (?, ?)", about.items())
+            sync_folder(self.path.parent)
         try:
             about = dict(self._base.execute("SELECT name, value FROM about"))
         except sqlite3.OperationalError:
@@ -174,6 +175,9 @@ class Library:
         if about.get("format") != _FORMAT:
             raise UnreadableFile(f"{self.path} is an SQLite file, but not a library of structural elements.")
         self.name, self.dimension, self.scale = about["name"], int(about["dimension"]), about["scale"]
+
+    def _is_empty(self) -> bool:
+        return not self._base.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
 
     def __enter__(self) -> Library:
         return self
