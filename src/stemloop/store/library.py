@@ -47,6 +47,8 @@ _FIELDS = (
 )
 #: New vectors are compared one by one until there are more than this, and a tenth of the indexed ones.
 _LOOSE = 20_000
+#: Equal surroundings differ in about so many directions only (tr(C)^2 / tr(C^2) of their covariance C is 5 to 16).
+_FREEDOM = 8
 
 
 @dataclass(frozen=True)
@@ -484,8 +486,10 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 def same(distance: float, scatter: float, other_scatter: float, dimension: int) -> float:
     """Share of pairs of equal surroundings that lie at least ``distance`` apart, where both deviate by their image's
-    scatter."""
-    return float(special.gammaincc(dimension / 2, distance**2 / (scatter**2 + other_scatter**2) / 2))
+    scatter: the upper tail of chi-square, scaled to the scatter and with the few degrees of freedom that it has."""
+    freedom = min(_FREEDOM, dimension)
+    ratio = distance**2 / (dimension * (scatter**2 + other_scatter**2))
+    return float(special.gammaincc(freedom / 2, freedom / 2 * ratio))
 
 
 def _match(entry: Entry, distance: float, scatter: float, dimension: int) -> Match:
