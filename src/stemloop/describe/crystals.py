@@ -9,13 +9,14 @@ Floats = NDArray[np.float64]
 Atoms = list[tuple[str, float, float, float]]
 Zones = dict[str, tuple[int, int, int]]
 
-# Lattice constants [A] at room temperature. Elements and Ge, GaAs: CRC Handbook of Chemistry and Physics, 97th ed. (2016);
-# Si: CODATA 2018. Transition-metal dichalcogenides: P. G. Bronsema et al., Z. Anorg. Allg. Chem. 540 (1986) 15,
-# doi:10.1002/zaac.19865400904 (Mo); W. J. Schutte et al., J. Solid State Chem. 70 (1987) 207,
-# doi:10.1016/0022-4596(87)90057-0 (W). ZnO: U. Ozgur et al., J. Appl. Phys. 98 (2005) 041301, doi:10.1063/1.1992666.
-# GaN: I. Vurgaftman and J. R. Meyer, J. Appl. Phys. 94 (2003) 3675, doi:10.1063/1.1600519. Rutile: J. K. Burdett et al.,
-# J. Am. Chem. Soc. 109 (1987) 3639, doi:10.1021/ja00246a021. Perovskites are cubic or pseudo-cubic mean values, but for
-# the tetragonal PbTiO3 and BaTiO3, as usually quoted; they are good to 0.3 %.
+# Lattice constants [A] at room temperature.
+# Elements and GaAs: CRC Handbook of Chemistry and Physics, 97th ed. (2016).
+# MoS2, MoSe2: P. G. Bronsema et al., Z. Anorg. Allg. Chem. 540 (1986) 15, doi:10.1002/zaac.19865400904.
+# WS2, WSe2: W. J. Schutte et al., J. Solid State Chem. 70 (1987) 207, doi:10.1016/0022-4596(87)90057-0.
+# ZnO: U. Ozgur et al., J. Appl. Phys. 98 (2005) 041301, doi:10.1063/1.1992666.
+# GaN: I. Vurgaftman and J. R. Meyer, J. Appl. Phys. 94 (2003) 3675, doi:10.1063/1.1600519.
+# Rutile: J. K. Burdett et al., J. Am. Chem. Soc. 109 (1987) 3639, doi:10.1021/ja00246a021.
+# Perovskites, graphene, hBN: as usually quoted, cubic or pseudo-cubic means but for PbTiO3 and BaTiO3; good to 0.3 %.
 _PEROVSKITES = {
     "SrTiO3": (3.905, 3.905), "LaCoO3": (3.825, 3.825), "LaAlO3": (3.790, 3.790), "SrRuO3": (3.930, 3.930),
     "LaMnO3": (3.880, 3.880), "BiFeO3": (3.960, 3.960), "PbTiO3": (3.904, 4.152), "BaTiO3": (3.994, 4.036),

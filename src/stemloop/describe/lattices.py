@@ -29,7 +29,7 @@ Integers = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 _FEWEST_COLUMNS, _SMALLEST_GRAIN = 8, 10
-_NEIGHBOURS, _PATCH = 48, 90
+_NEIGHBOURS, _PATCH, _SMALL_PATCH = 48, 90, 24
 _CANDIDATES, _TRIES, _SAMPLE = 200, 12, 1500
 _FITS = 0.5
 #: A place that fewer of its cells hold than this is not called vacant where it is empty.
@@ -64,9 +64,9 @@ class _Grown(NamedTuple):
 
 
 class _Member(NamedTuple):
-    """What is known of the columns ``index`` of one grain."""
+    """What is known of the columns ``which`` of one grain."""
 
-    index: Integers
+    which: Integers
     cells: Cells
     grain: Grain
     p_site: Floats
@@ -87,10 +87,10 @@ def assign(columns: Columns, shape: tuple[int, int]) -> Assignment:
     sites, and the Bayesian information criterion says how many there are. Cells are numbered by walking; where loops
     disagree, as around a dislocation, the numbers have a cut, and nothing else is computed from them.
 
-    The ideal place of a column is a robust fit of the lattice to the nearest 12 primary columns (or 20, bent, where that
-    predicts better), without itself. Where the mean place of a site lies near a centre of symmetry of the cell it is set
-    there (see :func:`~stemloop.describe.symmetry.symmetric`), so that the displacement of a uniformly polarised crystal
-    is its polar displacement and not zero.
+    The ideal place of a column is a robust fit of the lattice to the nearest 12 primary columns (or 20, bent, where
+    that predicts better), without itself. Where the mean place of a site is near a centre of symmetry of the cell, it
+    is set there (see :func:`~stemloop.describe.symmetry.symmetric`), so that the displacement of a uniformly polarised
+    crystal is its polar displacement and not zero.
 
     Parameters
     ----------
@@ -110,7 +110,8 @@ def assign(columns: Columns, shape: tuple[int, int]) -> Assignment:
     if field is None:
         return _none(len(columns))
     owned = _owned(_lattices(field), len(columns))
-    return _joined(len(columns), [_described(field, grown, index, columns.vacant) for grown, index in owned])
+    members = [m for grown, index in owned for m in _described(field, grown, index, columns.vacant)]
+    return _joined(len(columns), sorted(members, key=lambda m: -len(m.which)))
 
 
 def _field(columns: Columns, shape: tuple[int, int]) -> _Field | None:
@@ -168,16 +169,26 @@ def _lattices(field: _Field) -> list[_Grown]:
         start = _promising(field, free, free & ~asked)
         patch = _patch(field, start, free)
         asked[start] = True
-        here = seed(field.position, field.tree, patch, field.shape)
-        grown = None if here is None else _enriched(field, _grown(field, here))
-        if grown is None or not _is_new(grown, free):
-            asked[patch[: len(patch) // 2]] = True
+        grown = _from(field, patch, free)
+        if grown is None:
+            asked[patch[: _SMALL_PATCH // 2]] = True
             failed += 1
             continue
         found.append(grown)
         free &= grown.site < 0
         failed = 0
     return found
+
+
+def _from(field: _Field, patch: Integers, free: Bools) -> _Grown | None:
+    """A new lattice from a neighbourhood, or from its middle alone (a small grain), or None."""
+    for size in (_PATCH, _SMALL_PATCH):
+        here = seed(field.position, field.tree, patch[:size], field.shape)
+        if here is not None:
+            grown = _enriched(field, _grown(field, here))
+            if _is_new(grown, free):
+                return grown
+    return None
 
 
 def _promising(field: _Field, free: Bools, open_: Bools) -> int:
@@ -232,8 +243,10 @@ def _enriched(field: _Field, grown: _Grown) -> _Grown:
         if np.hypot(*wrapped(grown.seed.basis - place, grown.seed.vectors).T).min() < 0.5 * grown.seed.nearest:
             break
         again = _grown(field, grown.seed._replace(basis=basis))
+        added = np.flatnonzero(again.site == len(basis) - 1)
         most = np.bincount(again.site[again.site >= 0]).max()
-        if (again.site == len(basis) - 1).sum() < max(_FEWEST_COLUMNS, _SPARSE * most):
+        here = np.isin(added, other[among]).sum()  # the others lie beyond: another crystal, or this one after a shift
+        if len(added) < max(_FEWEST_COLUMNS, _SPARSE * most) or here < 0.6 * len(added):
             break
         grown = again
     return grown
@@ -246,12 +259,19 @@ def _is_new(grown: _Grown, free: Bools) -> bool:
     return size >= _SMALLEST_GRAIN and fresh >= max(_SMALLEST_GRAIN, 0.5 * size)
 
 
+def _strain(grown: _Grown) -> Floats:
+    """(n,) twice the logarithm of the ratio of the principal stretches of the local vectors: what strain costs."""
+    frame = np.where(grown.site[:, None, None] >= 0, grown.frame, grown.seed.vectors)
+    stretch = np.linalg.svd(np.linalg.inv(grown.seed.vectors) @ frame, compute_uv=False)
+    return np.asarray(2 * np.log(stretch[:, 0] / stretch[:, 1]))
+
+
 def _owned(lattices: list[_Grown], n: int) -> list[tuple[_Grown, Integers]]:
     """Each column goes to the lattice that fits it best; lattices with the numbers of their columns, largest first."""
     lattices = sorted(lattices, key=lambda g: -int((g.site >= 0).sum()))
     while lattices:
-        support = np.array([np.where(g.site >= 0, g.support, -1.0) for g in lattices])
-        owner = np.where(support.max(axis=0) >= 0, support.argmax(axis=0), -1)
+        support = np.array([np.where(g.site >= 0, g.support - _strain(g), -9.0) for g in lattices])
+        owner = np.where(support.max(axis=0) > -9, support.argmax(axis=0), -1)
         size = np.bincount(owner[owner >= 0], minlength=len(lattices))
         if size.min() >= _SMALLEST_GRAIN:
             order = np.argsort(-size, kind="stable")
@@ -263,21 +283,35 @@ def _owned(lattices: list[_Grown], n: int) -> list[tuple[_Grown, Integers]]:
 # -------------------------------------------------------------------------------------------- describing a grain
 
 
-def _described(field: _Field, grown: _Grown, index: Integers, vacant: Floats) -> _Member:
-    """Sites, ideal places, rim and vacancies of the grain that holds the columns ``index``."""
+def _described(field: _Field, grown: _Grown, index: Integers, vacant: Floats) -> list[_Member]:
+    """What is known of the columns ``index`` of a lattice: one grain, or one for each antiphase domain."""
     nearest = grown.seed.nearest
     cells = Cells(grown.seed.vectors, grown.seed.basis, grown.cell[index], grown.site[index], grown.frame[index])
-    bright = brightness(field.amplitude, field.near)[index]
-    position, variance = field.position[index], field.variance[index].mean(axis=1)
     cells = finest(cells, nearest)
-    variance = np.maximum(variance, (1e-3 * nearest) ** 2)
+    bright = brightness(field.amplitude, field.near)[index]
+    position = field.position[index]
+    variance = np.maximum(field.variance[index].mean(axis=1), (1e-3 * nearest) ** 2)
     off = position - _predicted(position, variance, cells)
-    cells = decorated(cells, bright, np.where(np.isfinite(off), off, np.nanmedian(off, axis=0)), nearest)
+    cells, domain = decorated(cells, position, bright, np.where(np.isfinite(off), off, 0.0), nearest)
+    parts = [np.flatnonzero(domain == d) for d in np.unique(domain)]
+    return [
+        _member(field, index[part], cells.take(part), bright[part], variance[part], nearest, vacant)
+        for part in parts
+        if len(part) >= _SMALLEST_GRAIN
+    ]
+
+
+def _member(
+    field: _Field, index: Integers, cells: Cells, bright: Floats, variance: Floats, nearest: float, vacant: Floats
+) -> _Member:
+    """Sites, ideal places, rim and vacancies of one grain."""
+    position = field.position[index]
     cells = _ranked(cells, bright)
     around = _surroundings(position, variance, cells)
-    fraction = np.einsum("ni,nij->nj", position - around.origin, np.linalg.inv(_filled(around.frame, cells.frame)))
+    frame = _filled(around.frame, cells.frame)
+    fraction = np.einsum("ni,nij->nj", position - around.origin, np.linalg.inv(frame))
     basis = symmetric(_mean_places(fraction, cells), cells.vectors)
-    cells = cells._replace(basis=basis, frame=_filled(around.frame, cells.frame))
+    cells = cells._replace(basis=basis, frame=frame)
     ideal, spread = around.at(basis[cells.site])
     sigma = np.sqrt(field.variance[index] + spread[:, None])
     p_site = _probabilities(position - ideal, bright, cells)
@@ -287,7 +321,8 @@ def _described(field: _Field, grown: _Grown, index: Integers, vacant: Floats) ->
 
 
 def _filled(frame: Floats, otherwise: Floats) -> Floats:
-    return np.where(np.isfinite(frame).all(axis=(1, 2))[:, None, None], frame, otherwise)
+    there: Bools = np.asarray(np.isfinite(frame).all(axis=(1, 2)))
+    return np.where(there[:, None, None], frame, otherwise)
 
 
 def _predicted(position: Floats, variance: Floats, cells: Cells) -> Floats:
@@ -330,7 +365,7 @@ def _surroundings(position: Floats, variance: Floats, cells: Cells) -> Local:
             around = local(position, total, cells, primary, order, sample)
             left, spread = position[sample] - around.origin, around.covariance[:, 0, 0]
             total = variance + _excess(left, variance[sample] + spread, spread / total[sample])
-        good = np.isfinite(left).all(axis=1)
+        good: Bools = np.asarray(np.isfinite(left).all(axis=1))
         size = float(np.median(np.hypot(*left[good].T))) if good.sum() > 0.5 * len(good) else np.inf
         if chosen is None or size < 0.93 * chosen[0]:
             chosen = size, order, total
@@ -343,7 +378,7 @@ def _excess(left: Floats, expected: Floats, share: Floats) -> float:
 
     ``share`` is the variance of the prediction in units of a neighbour's.
     """
-    good = np.isfinite(left).all(axis=1) & np.isfinite(expected)
+    good: Bools = np.asarray(np.isfinite(left).all(axis=1) & np.isfinite(expected))
     if good.sum() < 5:
         return 0.0
     pull = (left[good] ** 2).sum(axis=1) / (2 * expected[good])
@@ -402,7 +437,8 @@ def _grain(position: Floats, amplitude: Floats, cells: Cells) -> Grain:
     mean = np.array([np.median(g) if len(g) else np.nan for g in groups])
     wide = np.array([1.4826 * np.median(np.abs(g - np.median(g))) if len(g) else np.nan for g in groups])
     sigma = np.sqrt(np.diag(covariance)[:2])[:, None] * np.ones(2)
-    return Grain(solution[:2], sigma, solution[2], cells.basis, mean, wide)
+    vectors: Floats = np.asarray(solution[:2], dtype=np.float64)
+    return Grain(vectors, sigma, np.asarray(solution[2], dtype=np.float64), cells.basis, mean, wide)
 
 
 def _gaps(
@@ -507,11 +543,11 @@ def _joined(n: int, members: list[_Member]) -> Assignment:
         return answer
     p_site = np.zeros((n, max(m.p_site.shape[1] for m in members)))
     for number, m in enumerate(members):
-        answer.grain[m.index], answer.cell[m.index], answer.site[m.index] = number, m.cells.cell, m.cells.site
-        p_site[m.index, : m.p_site.shape[1]] = m.p_site
-        answer.ideal[m.index], answer.displacement[m.index] = m.ideal, m.displacement
-        answer.displacement_sigma[m.index] = m.sigma
-        answer.boundary[m.index] = m.boundary
+        answer.grain[m.which], answer.cell[m.which], answer.site[m.which] = number, m.cells.cell, m.cells.site
+        p_site[m.which, : m.p_site.shape[1]] = m.p_site
+        answer.ideal[m.which], answer.displacement[m.which] = m.ideal, m.displacement
+        answer.displacement_sigma[m.which] = m.sigma
+        answer.boundary[m.which] = m.boundary
     numbers = [np.full(len(m.vacant), g, np.int64) for g, m in enumerate(members)]
     return replace(
         answer,

@@ -32,9 +32,9 @@ _SIGNIFICANT, _BLUNT, _AGREEING = 3.0, 0.03, 0.1
 
 @dataclass(frozen=True)
 class Match:
-    """One candidate beside a lattice: pixel size [m] that it asks for and its ratio to the stated one (None if nothing is
-    stated), ``distortion``, half the logarithm of the ratio of the principal stretches, and its probability ``p`` among
-    those that were compared."""
+    """One candidate beside a lattice: pixel size [m] that it asks for and its ratio to the stated one (None if nothing
+    is stated), ``distortion``, half the logarithm of the ratio of the principal stretches, and its probability ``p``
+    among those that were compared."""
 
     material: str
     zone_axis: str
@@ -48,8 +48,8 @@ class Match:
 class Calibration:
     """What the lattice says of the size of a pixel.
 
-    pixel_size_m, sigma_m : the size [m] that the best candidate asks for and its 1-sigma deviation (of the lattice, and
-        of the scan as its anisotropy shows it); None where no candidate can be chosen.
+    pixel_size_m, sigma_m : the size [m] that the best candidate asks for and its 1-sigma deviation (of the lattice and
+        of the scan, as its anisotropy shows it); None where no candidate can be chosen.
     material, zone_axis, p : the best candidate and its probability among those compared.
     ratio, ratio_sigma : that size over the stated one; None where nothing is stated.
     verdict : ``agrees`` (within three deviations, and these small), ``disagrees`` (beyond three), ``unknown``.
@@ -99,11 +99,11 @@ def check_pixel_size(
 ) -> Calibration:
     """Compare the size of a pixel that was stated with the one that the lattice of a known material asks for.
 
-    A candidate's lattice, turned and scaled, is laid on that of the largest grain. The isotropic part of the deformation
-    between them is the pixel size; the rest (a stretch and a shear) is scan distortion, which is evidence against the
-    candidate and, because a distorted scan is as much off in its mean scale, part of the deviation: of the four
-    independent errors of a linear scan two are seen as the distortion e, and the mean scale has the deviation
-    e / sqrt(2). Number, places and brightness of the sites are further evidence.
+    A candidate's lattice, turned and scaled, is laid on that of the largest grain. The isotropic part of the
+    deformation between them is the pixel size; the rest (a stretch and a shear) is scan distortion. It is
+    evidence against the candidate, and part of the deviation, because a scan that is distorted is as much off in its
+    mean scale: of the four independent errors of a linear scan two are seen as the distortion e, one is a turn, and the
+    mean scale has the deviation e / sqrt(2). Number, places and brightness of the sites are further evidence.
 
     Parameters
     ----------

@@ -20,9 +20,9 @@ _TUKEY = 4.685
 class Local(NamedTuple):
     """The lattice around each of n columns, by its neighbours alone.
 
-    origin : (n, 2) [px] place 0 of the column's own cell. frame : (n, 2, 2) [px] lattice vectors. bend : (n, 0 or 3, 2)
-    [px] second order. covariance : (n, q, q) [px^2] of the terms 1, b, c (and b^2, b c, c^2) of one coordinate. Rows are
-    NaN where too few neighbours were there.
+    origin : (n, 2) [px] place 0 of the column's own cell. frame : (n, 2, 2) [px] lattice vectors. bend : (n, 0 or 3,
+    2) [px] second order. covariance : (n, q, q) [px^2] of the terms 1, b, c (and b^2, b c, c^2) of one coordinate. Rows
+    are NaN where too few neighbours were there.
     """
 
     origin: Floats
@@ -52,8 +52,8 @@ def local(
     """Robust fit of a smooth lattice to the nearest columns of one kind, for every column and without it.
 
     Positions of the neighbours are a polynomial (``order`` 1: affine, the lattice with its strain; 2: bent) of their
-    cell relative to the column's own, told by the local vectors, not by a walk, so that no error comes from afar. Tukey's
-    biweight takes out those that do not fit (beyond a wall, at a dislocation's core).
+    cell relative to the column's own, told by the local vectors, not by a walk, so that no error comes from afar.
+    Tukey's biweight takes out those that do not fit (beyond a wall, at a dislocation's core).
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def local(
     solution, normal, used = _fitted(terms, step, prior, base)
     enough = used >= q + 2
     normal[~enough] = np.eye(q)
-    covariance = np.linalg.inv(normal)
+    covariance: Floats = np.asarray(np.linalg.inv(normal), dtype=np.float64)
     enough &= np.diagonal(covariance, axis1=1, axis2=2)[:, 0] < np.maximum(4 * variance[asked], 1e-12)
     covariance[~enough], solution[~enough] = np.nan, np.nan
     return Local(solution[:, 0] + position[asked], solution[:, 1:3], solution[:, 3:], covariance)

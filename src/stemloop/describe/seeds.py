@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
+from stemloop.describe.decoration import Cells, finest
 from stemloop.describe.vectors import standard, wrapped
 
 Floats = NDArray[np.float64]
@@ -27,9 +28,9 @@ _FEWEST = 8
 
 
 class Seed(NamedTuple):
-    """Lattice around one column: ``vectors`` (2, 2) [px] and ``basis`` (k, 2), fractional; ``column`` is its number and
-    it sits at place 0 of the basis, (0, 0). ``nearest`` [px] is the distance of neighbouring columns, ``share`` the part
-    of the columns that the lattice vectors take to columns."""
+    """Lattice around one column: ``vectors`` (2, 2) [px] and ``basis`` (k, 2), fractional; ``column`` is its number
+    and it sits at place 0 of the basis, (0, 0). ``nearest`` [px] is the distance of neighbouring columns, ``share`` the
+    part of the columns that the lattice vectors take to columns."""
 
     column: int
     vectors: Floats
@@ -55,7 +56,9 @@ def seed(position: Floats, tree: cKDTree, around: Integers, shape: tuple[int, ..
     if chosen is None:
         return None
     basis, start = _places(places, chosen, nearest)
-    return Seed(int(around[start]), chosen, basis, nearest, float(share.mean()))
+    nobody = np.zeros(0, np.int64)
+    cells = finest(Cells(chosen, basis, nobody.reshape(0, 2), nobody, np.zeros((0, 2, 2))), nearest)
+    return Seed(int(around[start]), cells.vectors, cells.basis, nearest, float(share.mean()))
 
 
 def _shifts(

@@ -15,10 +15,10 @@ NEAR_HALF, NEAR_THIRD, NEAR_QUARTER = 0.13, 0.06, 0.03
 def symmetric(basis: Floats, vectors: Floats) -> Floats:
     """``basis`` (k, 2) with those sites set to a high-symmetry place of the cell that lie close to one.
 
-    Half-cells (centres of inversion of any lattice) draw from 13 % of the shorter vector, further than any known
-    ferroelectric moves its ions; the centres of the triangles of a hexagonal lattice from 6 %; quarters of the cell (the
-    dumbbells of diamond and zinc blende along [110]) from 3 %. A site that is nowhere near stays where it is on average,
-    and a uniform displacement of it is then part of ``basis``. The first site is (0, 0) and stays.
+    Half-cells (centres of inversion of any lattice) draw from 13 % of the shorter vector, further than ferroelectrics
+    move their ions; the centres of the triangles of a hexagonal lattice from 6 %; quarters of the cell (the dumbbells
+    of diamond and zinc blende along [110]) from 3 %. A site that is nowhere near stays where it is on average, and a
+    uniform displacement of it is then part of ``basis``. The first site is (0, 0) and stays.
     """
     short = min(np.hypot(*v) for v in vectors)
     ratio = np.hypot(*vectors[0]) / np.hypot(*vectors[1])

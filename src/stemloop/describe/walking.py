@@ -27,6 +27,8 @@ REACH = 1.5
 #: Weight of the vectors that a column inherits, in squared steps of the lattice.
 _INHERITED = 6.0
 _FIT = 0.25
+#: Principal stretches, against the lattice where the walk began, between which a lattice is still the same one.
+STRETCH = (0.89, 1.12)
 
 
 @njit(cache=True, nogil=True)
@@ -67,7 +69,7 @@ def _support(
 
 
 @njit(cache=True, nogil=True)
-def _vote(
+def _agreed(
     m: int,
     s: int,
     i: int,
@@ -83,7 +85,8 @@ def _vote(
     majority: float,
     frame: Floats,
 ) -> bool:
-    """Whether the known columns around ``m`` agree that it is place ``s`` of cell (i, j); its vectors into ``frame``."""
+    """Whether the known columns around ``m`` agree that it is place ``s`` of cell (i, j); their mean vectors go into
+    ``frame``."""
     agree, against = 0, 0
     frame[:] = 0.0
     for q in near[m]:
@@ -110,6 +113,24 @@ def _vote(
     if agree < majority * against:
         return False
     frame /= agree
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _adapt(
+    m: int,
+    s: int,
+    i: int,
+    j: int,
+    position: Floats,
+    near: Integers,
+    site: Integers,
+    cell: Integers,
+    reach: float,
+    tolerance: float,
+    frame: Floats,
+) -> None:
+    """Correct the inherited vectors ``frame`` by the known columns of the same kind around ``m`` (least squares)."""
     aa, ab, bb = _INHERITED, 0.0, _INHERITED
     r = np.zeros((2, 2))
     for q in near[m]:
@@ -136,7 +157,19 @@ def _vote(
     for c in range(2):
         frame[0, c] += (bb * r[0, c] - ab * r[1, c]) / det
         frame[1, c] += (aa * r[1, c] - ab * r[0, c]) / det
-    return True
+
+
+@njit(cache=True, nogil=True)
+def _alike(frame: Floats, vectors: Floats) -> bool:
+    """Whether the deformation of ``vectors`` into ``frame`` is, but for a turn, a small strain (not, say, a twin)."""
+    det = vectors[0, 0] * vectors[1, 1] - vectors[0, 1] * vectors[1, 0]
+    a = (vectors[1, 1] * frame[0, 0] - vectors[0, 1] * frame[1, 0]) / det
+    b = (vectors[1, 1] * frame[0, 1] - vectors[0, 1] * frame[1, 1]) / det
+    c = (vectors[0, 0] * frame[1, 0] - vectors[1, 0] * frame[0, 0]) / det
+    d = (vectors[0, 0] * frame[1, 1] - vectors[1, 0] * frame[0, 1]) / det
+    square, area = a * a + b * b + c * c + d * d, abs(a * d - b * c)
+    plus, minus = np.sqrt(square + 2 * area), np.sqrt(max(square - 2 * area, 0.0))
+    return bool(plus + minus < 2 * STRETCH[1] and plus - minus > 2 * STRETCH[0])
 
 
 @njit(cache=True, nogil=True)
@@ -186,9 +219,13 @@ def walk(
                     continue
                 i += cell[k, 0]
                 j += cell[k, 1]
-                if not _vote(m, s, i, j, position, near, site, cell, frames, basis, reach, tolerance, majority, frame):
+                if not _agreed(
+                    m, s, i, j, position, near, site, cell, frames, basis, reach, tolerance, majority, frame
+                ):
                     continue
-                if _support(m, position, near, frame, basis, s, reach, _FIT * nearest) < SUPPORT:
+                _adapt(m, s, i, j, position, near, site, cell, reach, tolerance, frame)
+                support[m] = _support(m, position, near, frame, basis, s, reach, _FIT * nearest)
+                if support[m] < SUPPORT or not _alike(frame, vectors):
                     continue
                 site[m], cell[m, 0], cell[m, 1] = s, i, j
                 frames[m] = frame
