@@ -6,7 +6,7 @@ any real microscope transfers nothing) give the noise, and the noise decides wha
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from stemloop.describe.brightness import sublattices
 from stemloop.describe.gaussians import Floats, Image
 from stemloop.describe.noise import Noise, noise_of
 from stemloop.describe.raster import Raster, Region, raster_of
-from stemloop.describe.scale import Scale, scale_of
+from stemloop.describe.scale import Scale, scale_of, scale_of_spots
 from stemloop.describe.sites import expected, occupancy, presence
 
 __all__ = ["find_columns", "sublattices"]
@@ -29,6 +29,8 @@ _LEAST_AMPLITUDE = 0.1
 #: A column that stands out has an amplitude of so many deviations; one that did so in a fit may have a few less in the
 #: next.
 _SIGNIFICANT, _STILL_SIGNIFICANT = 4.0, 3.0
+#: So many columns without order are no crystal.
+_MANY = 15
 #: Of the spots on a support that are taken for atoms this share may be waves of it.
 _WAVES = 0.3
 #: Of a column's core at least this share must have been measured.
@@ -39,7 +41,8 @@ _AROUND = 20.0
 
 class _Found(NamedTuple):
     """Columns: ``value`` and ``sigma`` (n, 4) of row, col, amplitude, ln of the width; the ``background`` under each,
-    the ``chance`` that it is there, the ``measured`` share of its core; and ``vacant`` places (m, 2)."""
+    the ``chance`` that it is there, the ``measured`` share of its core; ``vacant`` places (m, 2); and whether they have
+    a lattice (``ordered``)."""
 
     value: Floats
     sigma: Floats
@@ -47,9 +50,11 @@ class _Found(NamedTuple):
     chance: Floats
     measured: Floats
     vacant: Floats
+    ordered: bool
 
     def take(self, kept: NDArray[np.bool_]) -> _Found:
-        return _Found(*(part[kept] for part in self[:5]), self.vacant)
+        value, sigma, background, chance, measured, vacant, ordered = self
+        return _Found(value[kept], sigma[kept], background[kept], chance[kept], measured[kept], vacant, ordered)
 
 
 def find_columns(image: NDArray[np.generic], pixel_size_nm: float | None = None) -> Columns:
@@ -92,14 +97,22 @@ def find_columns(image: NDArray[np.generic], pixel_size_nm: float | None = None)
     raster = raster_of(image)
     noise = noise_of(raster.sample(512, 4))
     scale = scale_of((levels for levels, _ in raster.sample(256, 16)), noise, pixel_size_nm)
-    found = [_own(_searched(region, raster, noise, scale), region) for region in raster.regions(_AROUND * scale.width)]
+    found = []
+    for region in raster.regions(_AROUND * scale.width):
+        part = _searched(region, raster, noise, scale)
+        if (
+            scale.periodic and not part.ordered and len(part.value) >= _MANY
+        ):  # edges and stripes are sharp in a spectrum too
+            part = _searched(region, raster, noise, scale_of_spots([region.pixels], noise, pixel_size_nm))
+        found.append(_own(part, region))
     return _columns(_joined(found), raster)
 
 
 def _searched(region: Region, raster: Raster, noise: Noise, scale: Scale) -> _Found:
     """The columns of a region, by two fits: of what stands out, and of that with what the first fit uncovered."""
     pixels, width, excess = region.pixels, scale.width, 1.0
-    value, background = np.zeros((0, 4)), np.full((2, 2), np.percentile(pixels[::4, ::4], 10))
+    value: Floats = np.zeros((0, 4))
+    background: Floats = np.full((2, 2), float(np.percentile(pixels[::4, ::4], 10)))
     soft = mean = filters.smooth(pixels, 0.5 * width)
     for _ in range(2):
         variance = noise.variance(mean)
@@ -155,12 +168,13 @@ def _finished(
     empty = ~there
     empty[there] = ~good[len(value) :]
     vacant = sites.position[empty & sites.within]
-    return _Found(fitted, sigma, model.under(fitted[:, :2]), chance, count / np.maximum(whole, 1), vacant).take(good)
+    part, under = count / np.maximum(whole, 1), model.under(fitted[:, :2])
+    return _Found(fitted, sigma, under, chance, part, vacant, sites.spread > 0).take(good)
 
 
 def _nothing() -> _Found:
     none = np.zeros(0)
-    return _Found(np.zeros((0, 4)), np.zeros((0, 4)), none, none, none, np.zeros((0, 2)))
+    return _Found(np.zeros((0, 4)), np.zeros((0, 4)), none, none, none, np.zeros((0, 2)), False)
 
 
 def _own(found: _Found, region: Region) -> _Found:
@@ -178,7 +192,8 @@ def _joined(parts: list[_Found]) -> _Found:
     """The columns of all regions, those at a seam once, and none that is far too weak among all."""
     if len(parts) == 1:
         return parts[0]
-    whole = _Found(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+    fields: list[Any] = list(zip(*parts, strict=True))
+    whole = _Found._make([*map(np.concatenate, fields[:6]), any(fields[6])])
     if len(whole.value) == 0:
         return whole
     width = float(np.exp(np.median(whole.value[:, 3])))
@@ -196,8 +211,9 @@ def _columns(found: _Found, raster: Raster) -> Columns:
     last = np.array(raster.shape) - 1
     if len(width):
         margin = float(np.median(width))
-        found = found.take(((found.value[:, :2] >= margin) & (found.value[:, :2] <= last - margin)).all(axis=1))
-    value, sigma, background, chance, measured, vacant = found
+        place = found.value[:, :2]
+        found = found.take(np.asarray(((place >= margin) & (place <= last - margin)).all(axis=1)))
+    value, sigma, background, chance, measured, vacant, _ = found
     return Columns(
         value[:, :2],
         sigma[:, :2],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from stemloop.describe.gaussians import Floats
 
@@ -33,7 +32,7 @@ def sublattices(amplitude: Floats, most: int = 3) -> NDArray[np.int64]:
     chosen = np.zeros(n, dtype=np.int64)
     if n < 8 or np.ptp(amplitude) == 0:
         return chosen
-    best = -2 * float(stats.norm.logpdf(amplitude, amplitude.mean(), amplitude.std()).sum()) + 2 * np.log(n)
+    best = -2 * float(_log_normal(amplitude, amplitude.mean(), amplitude.std()).sum()) + 2 * np.log(n)
     for k in range(2, most + 1):
         share, mean, spread, log_likelihood, member = _mixture(amplitude, k)
         bic = -2 * log_likelihood + (3 * k - 1) * np.log(n)
@@ -43,6 +42,10 @@ def sublattices(amplitude: Floats, most: int = 3) -> NDArray[np.int64]:
         if bic < best - 10 and apart.min() > 2 and share.min() > 0.05:
             best, chosen = bic, np.argsort(order)[member].astype(np.int64)
     return chosen
+
+
+def _log_normal(x: Floats, mean: Floats | float, spread: Floats | float) -> Floats:
+    return np.asarray(-0.5 * ((x - mean) / spread) ** 2 - np.log(spread * np.sqrt(2 * np.pi)))
 
 
 def _mixture(x: Floats, k: int) -> tuple[Floats, Floats, Floats, float, NDArray[np.int64]]:
@@ -58,7 +61,7 @@ def _mixture(x: Floats, k: int) -> tuple[Floats, Floats, Floats, float, NDArray[
     log_likelihood = last
     density = np.zeros((len(x), k))
     for _ in range(300):
-        density = np.log(share) + stats.norm.logpdf(x[:, None], mean, spread)
+        density = np.log(share) + _log_normal(x[:, None], mean, spread)
         top = density.max(axis=1, keepdims=True)
         part = np.exp(density - top)
         log_likelihood = float((top[:, 0] + np.log(part.sum(axis=1))).sum())
@@ -66,7 +69,7 @@ def _mixture(x: Floats, k: int) -> tuple[Floats, Floats, Floats, float, NDArray[
         mass = part.sum(axis=0) + 1e-12
         share, mean = mass / mass.sum(), (part * x[:, None]).sum(axis=0) / mass
         spread = np.maximum(np.sqrt((part * (x[:, None] - mean) ** 2).sum(axis=0) / mass), least)
-        if log_likelihood - last < 1e-6 * len(x):
+        if log_likelihood - last < 1e-5 * len(x):
             break
         last = log_likelihood
     return share, mean, spread, log_likelihood, density.argmax(axis=1)

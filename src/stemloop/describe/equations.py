@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from stemloop.describe import gaussians, mesh
@@ -75,38 +74,17 @@ def _times(
     v: Floats, m: Floats, out: Floats, lift: Floats,
 ) -> None:  # fmt: skip
     """The matrix times columns' changes ``v`` (n, 4) and the mesh's ``m``, into ``out`` and ``lift``."""
-    rows, cols = m.shape
-    for k in range(len(own)):
-        for i in range(4):
-            total = 0.0
-            for j in range(4):
-                total += own[k, i, j] * v[k, j]
-            out[k, i] = total
+    _times_blocks(own, v, out)
     for p in range(len(first)):
         a, b = first[p], second[p]
         for i in range(4):
             for j in range(4):
                 out[a, i] += pair[p, i, j] * v[b, j]
                 out[b, j] += pair[p, i, j] * v[a, i]
-    for r in range(rows):
-        for c in range(cols):
-            lift[r, c] = itself[r, c] * m[r, c]
-    for r in range(rows):
-        for c in range(cols - 1):
-            lift[r, c] += right[r, c] * m[r, c + 1]
-            lift[r, c + 1] += right[r, c] * m[r, c]
-    for r in range(rows - 1):
-        for c in range(cols):
-            lift[r, c] += below[r, c] * m[r + 1, c]
-            lift[r + 1, c] += below[r, c] * m[r, c]
-        for c in range(cols - 1):
-            lift[r, c] += across[r, c] * m[r + 1, c + 1]
-            lift[r + 1, c + 1] += across[r, c] * m[r, c]
-            lift[r, c + 1] += across[r, c] * m[r + 1, c]
-            lift[r + 1, c] += across[r, c] * m[r, c + 1]
+    _times_mesh(itself, right, below, across, m, lift)
     for k in range(len(own)):
-        for s in range(min(3, rows - node[k, 0])):
-            for t in range(min(3, cols - node[k, 1])):
+        for s in range(min(3, m.shape[0] - node[k, 0])):
+            for t in range(min(3, m.shape[1] - node[k, 1])):
                 r, c = node[k, 0] + s, node[k, 1] + t
                 total = 0.0
                 for i in range(4):
@@ -116,14 +94,34 @@ def _times(
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def _roughly(inverse: Floats, itself: Floats, v: Floats, m: Floats, out: Floats, lift: Floats) -> None:
-    """Each column by its own block, each node by itself."""
+def _times_blocks(block: Floats, v: Floats, out: Floats) -> None:
+    """Each of ``v`` (n, 4) times its own ``block`` (n, 4, 4)."""
     for k in range(len(v)):
         for i in range(4):
             total = 0.0
             for j in range(4):
-                total += inverse[k, i, j] * v[k, j]
+                total += block[k, i, j] * v[k, j]
             out[k, i] = total
+
+
+@njit(cache=True, nogil=True, fastmath=True)
+def _times_mesh(itself: Floats, right: Floats, below: Floats, across: Floats, m: Floats, lift: Floats) -> None:
+    """The mesh's own part of the matrix times ``m``."""
+    lift[:] = itself * m
+    lift[:, :-1] += right[:, :-1] * m[:, 1:]
+    lift[:, 1:] += right[:, :-1] * m[:, :-1]
+    lift[:-1] += below[:-1] * m[1:]
+    lift[1:] += below[:-1] * m[:-1]
+    lift[:-1, :-1] += across[:-1, :-1] * m[1:, 1:]
+    lift[1:, 1:] += across[:-1, :-1] * m[:-1, :-1]
+    lift[:-1, 1:] += across[:-1, :-1] * m[1:, :-1]
+    lift[1:, :-1] += across[:-1, :-1] * m[:-1, 1:]
+
+
+@njit(cache=True, nogil=True, fastmath=True)
+def _roughly(inverse: Floats, itself: Floats, v: Floats, m: Floats, out: Floats, lift: Floats) -> None:
+    """Each column by its own block, each node by itself."""
+    _times_blocks(inverse, v, out)
     lift[:] = m / itself
 
 
@@ -166,21 +164,14 @@ def _deviations(
     itself: Floats, right: Floats, below: Floats, across: Floats,
 ) -> Floats:  # fmt: skip
     """For each column, the root of the diagonal of the inverse of the matrix of it, its neighbours and nine nodes."""
-    rows, cols = itself.shape
     out = np.empty((len(own), 4))
-    most = 1 + _NEIGHBOURS
-    whole = np.zeros((4 * most + 9, 4 * most + 9))
-    whom = np.empty(most, np.int64)
+    most = 4 * (1 + _NEIGHBOURS) + 9
+    whole, whom = np.zeros((most, most)), np.empty(1 + _NEIGHBOURS, np.int64)
     for k in range(len(own)):
-        whom[0] = k
-        count = 1
-        for n in range(start[k], start[k + 1]):
-            if count < most:
-                whom[count] = other[n]
-                count += 1
+        count = min(1 + _NEIGHBOURS, 1 + start[k + 1] - start[k])
+        whom[0], whom[1:count] = k, other[start[k] : start[k] + count - 1]
         size = 4 * count + 9
         whole[:size, :size] = 0.0
-        r0, c0 = node[k, 0], node[k, 1]
         for a in range(count):
             ka = whom[a]
             whole[4 * a : 4 * a + 4, 4 * a : 4 * a + 4] = own[ka]
@@ -189,29 +180,42 @@ def _deviations(
                     if whom[b] == other[n]:
                         piece = pair[block[n]] if block[n] >= 0 else pair[-1 - block[n]].T
                         whole[4 * a : 4 * a + 4, 4 * b : 4 * b + 4] = piece
-            for s in range(3):
-                for t in range(3):
-                    r, c = node[ka, 0] + s - r0, node[ka, 1] + t - c0
-                    if 0 <= r < 3 and 0 <= c < 3:
-                        for i in range(4):
-                            whole[4 * a + i, 4 * count + 3 * r + c] = under[ka, i, s, t]
-                            whole[4 * count + 3 * r + c, 4 * a + i] = under[ka, i, s, t]
-        for s in range(3):
-            for t in range(3):
-                i = 4 * count + 3 * s + t
-                if r0 + s >= rows or c0 + t >= cols:
-                    whole[i, i] = 1.0
-                    continue
-                whole[i, i] = itself[r0 + s, c0 + t] + 1e-300
-                if t < 2 and c0 + t + 1 < cols:
-                    whole[i, i + 1] = whole[i + 1, i] = right[r0 + s, c0 + t]
-                if s < 2 and r0 + s + 1 < rows:
-                    whole[i, i + 3] = whole[i + 3, i] = below[r0 + s, c0 + t]
-                    if t < 2 and c0 + t + 1 < cols:
-                        whole[i, i + 4] = whole[i + 4, i] = across[r0 + s, c0 + t]
-                        whole[i + 1, i + 3] = whole[i + 3, i + 1] = across[r0 + s, c0 + t]
+            _enter_under(whole, 4 * a, 4 * count, under[ka], node[ka] - node[k])
+        _enter_mesh(whole[4 * count : size, 4 * count : size], node[k], itself, right, below, across)
         _first_deviations(whole[:size, :size], out[k])
     return out
+
+
+@njit(cache=True, nogil=True)
+def _enter_under(whole: Floats, row: int, col: int, under: Floats, off: Integers) -> None:
+    """Put a column's products with the nodes ``off`` from the first of nine at ``row``, ``col`` of the matrix."""
+    for s in range(3):
+        for t in range(3):
+            r, c = s + off[0], t + off[1]
+            if 0 <= r < 3 and 0 <= c < 3:
+                for i in range(4):
+                    whole[row + i, col + 3 * r + c] = under[i, s, t]
+                    whole[col + 3 * r + c, row + i] = under[i, s, t]
+
+
+@njit(cache=True, nogil=True)
+def _enter_mesh(nine: Floats, node: Integers, itself: Floats, right: Floats, below: Floats, across: Floats) -> None:
+    """Fill the matrix (9, 9) of the nodes from ``node`` on; those beyond the mesh stand alone."""
+    for s in range(3):
+        for t in range(3):
+            i, r, c = 3 * s + t, node[0] + s, node[1] + t
+            inside = r < itself.shape[0] and c < itself.shape[1]
+            nine[i, i] = itself[r, c] + 1e-300 if inside else 1.0
+            if not inside:
+                continue
+            on_right, on_below = t < 2 and c + 1 < itself.shape[1], s < 2 and r + 1 < itself.shape[0]
+            if on_right:
+                nine[i, i + 1] = nine[i + 1, i] = right[r, c]
+            if on_below:
+                nine[i, i + 3] = nine[i + 3, i] = below[r, c]
+            if on_right and on_below:
+                nine[i, i + 4] = nine[i + 4, i] = across[r, c]
+                nine[i + 1, i + 3] = nine[i + 3, i + 1] = across[r, c]
 
 
 @njit(cache=True, nogil=True, fastmath=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -88,7 +88,7 @@ def _mismatch(pixels: Image, model: Image, weight: Image, weighed: Image) -> flo
     """Fill ``weighed`` with the weighted difference of ``pixels`` and ``model``; the sum of its squares by weight."""
     total = 0.0
     for i in range(pixels.shape[0]):
-        line = np.float32(0)
+        line: Any = np.float32(0)
         p, m, w, u = pixels[i], model[i], weight[i], weighed[i]
         for j in range(pixels.shape[1]):
             difference = p[j] - m[j]

@@ -126,10 +126,7 @@ def overlaps(columns: Floats, first: Integers, second: Integers, weight: Image, 
             shifted[i, 1] = basis[i, 1] - off_x * basis[i, 2]
             shifted[i, 2] = basis[i, 2]
             shifted[i, 3] = (
-                basis[i, 3]
-                - 2 * off_y * basis[i, 0]
-                - 2 * off_x * basis[i, 1]
-                + (off_y**2 + off_x**2) * basis[i, 2]
+                basis[i, 3] - 2 * off_y * basis[i, 0] - 2 * off_x * basis[i, 1] + (off_y**2 + off_x**2) * basis[i, 2]
             )
         for i in range(4):
             slope = 1.0 if i == 2 else a[2] * per_a

@@ -6,7 +6,7 @@ Nodes lie evenly from the first pixel to the last. A pixel between the nodes n a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -32,10 +32,10 @@ def nodes(shape: tuple[int, ...], pitch: float) -> tuple[int, int]:
 
 
 @njit(cache=True, nogil=True)
-def _hats(size: int, nodes: int) -> tuple[Integers, Floats]:
+def _hats(size: int, nodes: int) -> tuple[Integers, NDArray[Any]]:
     """For each of ``size`` pixels the node before it and how far it is past that node."""
     place = np.arange(size) * ((nodes - 1) / (size - 1))
-    left = np.minimum(place.astype(np.int64), nodes - 2)
+    left: Integers = np.minimum(place.astype(np.int64), nodes - 2)
     return left, place - left
 
 
@@ -109,9 +109,7 @@ def overlaps(weight: Image, rows: int, cols: int) -> MeshOverlaps:
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def with_columns(
-    columns: Floats, weight: Image, reach: int, rows: int, cols: int
-) -> tuple[NDArray[np.int64], Floats]:
+def with_columns(columns: Floats, weight: Image, reach: int, rows: int, cols: int) -> tuple[NDArray[np.int64], Floats]:
     """Products of each column with the mesh: (n, 2) the first node under its square, and (n, 4, 3, 3) J^T W M of its
     four parameters with that node and the two next along each axis (nodes are a square apart or more)."""
     n = len(columns)

@@ -28,8 +28,8 @@ _MEASURED_LEAST = 0.25
 
 class Region(NamedTuple):
     """A part of an image: ``pixels`` (float32, 0 to 1000, what was not measured filled in from around), which of them
-    were ``measured`` and which ``saturated``, where its first pixel is (``offset``) and the rows and columns [px of the whole image] from
-    ``begin`` up to ``end`` that are its own; what lies around belongs to other regions."""
+    were ``measured`` and which ``saturated``, where its first pixel is (``offset``) and the rows and columns [px of the
+    whole image] from ``begin`` up to ``end`` that are its own; what lies around belongs to other regions."""
 
     pixels: Image
     measured: NDArray[np.bool_]
@@ -116,9 +116,7 @@ def raster_of(image: Any) -> Raster:
         if known.size:
             low, high = min(low, float(known.min())), max(high, float(known.max()))
     if missing > (1 - _MEASURED_LEAST) * given.size:
-        raise InputError(
-            f"{missing} of the image's {given.size} pixels are not finite; crop it to what was measured."
-        )
+        raise InputError(f"{missing} of the image's {given.size} pixels are not finite; crop it to what was measured.")
     if high == low:
         raise InputError(f"all pixels of the image are {low:g}: there is nothing to find.")
     per = _TOP / (high - low) if np.isfinite(high - low) else 0.0

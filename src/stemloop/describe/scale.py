@@ -34,7 +34,8 @@ class Scale(NamedTuple):
 
 
 def scale_of(parts: Iterable[Image], noise: Noise, pixel_size_nm: float | None = None) -> Scale:
-    """A first width of the columns from ``parts`` of an image, all of one shape: 1 / (2 pi) over the rms frequency of what stands out of the spectrum.
+    """A first width of the columns from ``parts`` of an image, all of one shape: 1 / (2 pi) over the rms frequency of
+    what stands out of the spectrum.
 
     Sharp peaks are judged against their ring, so shapes and slopes of the specimen do not count. An image of isolated
     Gaussians, whose spectrum is exp(-(2 pi w f)^2), has the rms frequency 1 / (2 pi w). The spectra of blocks are
@@ -54,14 +55,16 @@ def scale_of(parts: Iterable[Image], noise: Noise, pixel_size_nm: float | None =
     median = float(special.gammainccinv(independent, 0.5)) / independent
     chance = 1.5 * float(special.gammainccinv(independent, 0.01 / power.size)) / independent  # one image of a hundred
     sharp = np.maximum(power - chance * np.maximum(_medians(power, ring)[ring] / median, white), 0)
-    aside = np.minimum(np.abs(across), np.abs(down))[seen] > 2 / min(rows, 2 * half - 2)  # lines of a scan are no lattice
+    aside = np.minimum(np.abs(across), np.abs(down))[seen] > 2 / min(
+        rows, 2 * half - 2
+    )  # lines of a scan are no lattice
     if sharp[aside].any():
         width = float(np.sqrt(sharp.sum() / (sharp * frequency**2).sum()) / (2 * np.pi))
         return Scale(min(max(width, NARROWEST), WIDEST), True)
-    return Scale(_width_of_atoms(parts, noise, pixel_size_nm), False)
+    return scale_of_spots(parts, noise, pixel_size_nm)
 
 
-def _width_of_atoms(parts: list[Image], noise: Noise, pixel_size_nm: float | None) -> float:
+def scale_of_spots(parts: list[Image], noise: Noise, pixel_size_nm: float | None = None) -> Scale:
     """The width at which bright spots stand out most from what is as often bright as dark: where the filtered image is
     most skewed."""
     low, high = (s / pixel_size_nm for s in _ATOM_SIGMA_NM) if pixel_size_nm else _TRIED
@@ -69,8 +72,8 @@ def _width_of_atoms(parts: list[Image], noise: Noise, pixel_size_nm: float | Non
     tried = low * _WIDER ** np.arange(int(np.log(high / low) / np.log(_WIDER)) + 1)
     skewness = np.array([np.mean([_skewness(part, noise, width) for part in parts]) for width in tried])
     if skewness.max() < 0.1:
-        return float(min(max(_COLUMN_SIGMA_PX, low), high))
-    return float(tried[np.argmax(skewness > 0.75 * skewness.max())])
+        return Scale(min(max(_COLUMN_SIGMA_PX, low), high), False)
+    return Scale(float(tried[np.argmax(skewness > 0.75 * skewness.max())]), False)
 
 
 def _skewness(part: Image, noise: Noise, width: float) -> float:

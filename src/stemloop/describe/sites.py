@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,18 +16,18 @@ _SHARED = 0.6
 _REACH = 0.2
 #: How many columns must expect a site, and which share of those that could.
 _FEWEST_VOTES, _VOTES = 3, 0.4
-_NEIGHBOURS = 24
 #: Longest vector, in distances of nearest neighbours.
 _LONGEST = 2.3
 #: Of the columns that could expect a site inside a crystal at least this share is there.
 _SURROUNDED = 0.65
-#: Most columns of a neighbourhood, and how many of them are asked for its lattice's vectors.
-_GROUP, _ASKED = 400, 100
+#: Most columns of a neighbourhood, how many may be too few to halve it if it has no lattice, and how many are asked.
+_GROUP, _SMALLEST_GROUP, _ASKED = 400, 40, 100
 
 
 class Sites(NamedTuple):
     """``position`` (n, 2) [px] of sites, ``within`` (n,) whether columns are all around each or it is at the crystal's
-    rim, and ``spread`` [px], the 1-sigma deviation of one coordinate of a column from where its neighbours expect it."""
+    rim, and ``spread`` [px], the 1-sigma deviation of one coordinate of a column from where its neighbours expect it
+    (zero if they expect nothing)."""
 
     position: Floats
     within: NDArray[np.bool_]
@@ -51,16 +51,20 @@ def expected(position: Floats, shape: tuple[int, ...], margin: float) -> Sites:
     if len(position) < 12:
         return none
     tree = cKDTree(position)
-    near = np.asarray(tree.query(position, min(_NEIGHBOURS + 1, len(position)))[0])
-    spacing = float(np.median(near[:, 1]))
+    spacing = float(np.median(np.asarray(tree.query(position, 2)[0])[:, 1]))
     reach = _REACH * spacing
-    whole = ((position > _LONGEST * spacing) & (position < np.array(shape) - 1 - _LONGEST * spacing)).all(axis=1)
+    room = _LONGEST * spacing
+    whole = np.asarray(((position > room) & (position < np.array(shape) - 1 - room)).all(axis=1))
     ballots, weights = [np.zeros((0, 2))], [np.zeros(0)]
-    for members in _neighbourhoods(position):
-        vectors = _shared_vectors(position, members[whole[members]], tree, _LONGEST * spacing, reach)
-        if len(vectors) >= 4:
-            ballots.append((position[members, None] + vectors).reshape(-1, 2))
-            weights.append(np.full(len(ballots[-1]), 1 / max(_FEWEST_VOTES, _VOTES * len(vectors))))
+    left = [np.arange(len(position))]
+    while left:
+        members = left.pop()
+        known = _shared_vectors(position, members[whole[members]], tree, room, reach) if len(members) <= _GROUP else ()
+        if len(known) >= 4:
+            ballots.append((position[members, None] + known).reshape(-1, 2))
+            weights.append(np.full(len(ballots[-1]), 1 / max(_FEWEST_VOTES, _VOTES * len(known))))
+        elif len(members) > _SMALLEST_GROUP:
+            left += _halves(position, members)
     votes, weight = np.concatenate(ballots), np.concatenate(weights)
     inside = ((votes > margin) & (votes < np.array(shape) - 1 - margin)).all(axis=1)
     votes, weight = votes[inside], weight[inside]
@@ -69,7 +73,7 @@ def expected(position: Floats, shape: tuple[int, ...], margin: float) -> Sites:
     distance, nearest = (np.asarray(v) for v in tree.query(votes))
     open_ = distance > 0.5 * spacing
     sites = _elected(votes[open_], reach, weight[open_])
-    share = _seen(sites, shape, _LONGEST * spacing)
+    share = _seen(sites, shape, room)
     full = np.asarray(cKDTree(votes).query_ball_point(sites, reach, return_length=True)) if len(sites) else np.zeros(0)
     most = float(np.median(1 / weight)) / _VOTES
     return Sites(sites, full > _SURROUNDED * share * most, _spread(position, votes, distance, nearest, reach))
@@ -82,18 +86,11 @@ def _seen(sites: Floats, shape: tuple[int, ...], radius: float) -> Floats:
     return np.asarray(((ring >= 0) & (ring <= np.array(shape) - 1)).all(axis=2).mean(axis=1))
 
 
-def _neighbourhoods(position: Floats) -> list[NDArray[np.int64]]:
-    """The columns in groups of at most a few hundred, halved along their longer side again and again."""
-    groups, left = [], [np.arange(len(position))]
-    while left:
-        members = left.pop()
-        if len(members) <= _GROUP:
-            groups.append(members)
-            continue
-        side = int(np.ptp(position[members], axis=0).argmax())
-        order = members[np.argsort(position[members, side], kind="stable")]
-        left += [order[: len(order) // 2], order[len(order) // 2 :]]
-    return groups
+def _halves(position: Floats, members: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """The columns ``members`` in two groups, cut across their longer side."""
+    side = int(np.ptp(position[members], axis=0).argmax())
+    order = members[np.argsort(position[members, side], kind="stable")]
+    return [order[: len(order) // 2], order[len(order) // 2 :]]
 
 
 def _shared_vectors(
@@ -103,7 +100,7 @@ def _shared_vectors(
     if len(members) < 6:
         return np.zeros((0, 2))
     asked = members[:: -(-len(members) // _ASKED)]
-    pairs = tree.query_ball_point(position[asked], longest)
+    pairs: Any = tree.query_ball_point(position[asked], longest)
     own = np.repeat(asked, [len(them) for them in pairs])
     differences = position[np.concatenate(pairs).astype(np.int64)] - position[own]
     differences = differences[np.hypot(*differences.T) > reach]
