@@ -131,7 +131,7 @@ def crystals(grains: tuple[Grain, ...]) -> tuple[Integers, Integers]:
 
 
 def grain_boundaries(position: Floats, crystal: Integers, grains: tuple[Grain, ...], whole: Net) -> tuple[Defect, ...]:
-    """Lines between crystals that are turned against each other, or of different lattices.
+    """Lines between crystals that are turned against each other.
 
     Parameters
     ----------
@@ -156,13 +156,13 @@ def grain_boundaries(position: Floats, crystal: Integers, grains: tuple[Grain, .
             alike = _commensurate(grains[one], grains[other])
             turns[one, other] = None if alike else turn_between(grains[one], grains[other])
         turn = turns[one, other]
-        if turn is None:
+        if turn is None or abs(turn.rotation) < _SAME_TURN:
             continue
         found.append(
             Defect(
                 "grain-boundary",
                 place,
-                float(1 - 2 * stats.norm.sf(max(abs(turn.rotation), turn.misfit) / max(turn.sigma, 1e-9))),
+                float(1 - 2 * stats.norm.sf(abs(turn.rotation) / max(turn.sigma, 1e-9))),
                 {
                     "grains": (one, other),
                     "misorientation_deg": float(np.rad2deg(abs(turn.rotation))),
