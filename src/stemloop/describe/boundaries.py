@@ -24,6 +24,8 @@ _SAME_TURN, _SAME_SIZE = np.deg2rad(3.0), 0.12
 _JUMP, _DEVIATIONS = 0.2, 5.0
 #: A line of fewer bonds, or shorter than this many vectors, is none.
 _FEWEST_BONDS, _SHORTEST = 5, 3.0
+#: Pieces of a fault are joined over this many vectors if their jumps differ by at most this part of a cell.
+_GAP, _SAME_JUMP = 2.5, 0.15
 #: Least resultant length of the jumps along a fault (1 if all are equal).
 _ALIKE = 0.8
 #: A column most of whose bonds jump is itself out of place.
@@ -37,12 +39,11 @@ _MATRICES, _SPARSE = _EVERY[_SIZE == 1], _EVERY[(_SIZE > 1) & (_SIZE <= 4)]
 
 class Turn(NamedTuple):
     """How one lattice becomes another: by a rotation [rad] from +x towards +y and its deviation, after which
-    ``misfit`` (the largest principal strain) is left; ``change`` @ the other's vectors then follow the first's."""
+    ``misfit`` (the largest principal strain) is left."""
 
     rotation: float
     sigma: float
     misfit: float
-    change: Integers
 
 
 def turn_between(one: Grain, other: Grain) -> Turn:
@@ -57,7 +58,7 @@ def turn_between(one: Grain, other: Grain) -> Turn:
     best = alike[np.argmin(np.abs(rotation[alike]))]
     misfit = float(strain[best])
     sigma = np.linalg.norm([_turn_sigma(one), _turn_sigma(other), misfit / 2])
-    return Turn(float(rotation[best]), float(sigma), misfit, _MATRICES[best])
+    return Turn(float(rotation[best]), float(sigma), misfit)
 
 
 def _compared(vectors: Floats, choices: Floats) -> tuple[Floats, Floats]:
@@ -115,20 +116,22 @@ def primitive(grain: Grain) -> tuple[Grain, Integers]:
 
 def crystals(grains: tuple[Grain, ...]) -> tuple[Integers, Integers]:
     """Which grains are one crystal: for each the number of the largest like it, and the (2, 2) whole-number change of
-    its vectors into that one's. The grains are primitive."""
+    its vectors into that one's. The grains are primitive. Twins that a strain relates, such as the variants of a
+    ferroelastic, are one crystal."""
     first = np.arange(len(grains))
     change = np.tile(np.eye(2, dtype=np.int64), (len(grains), 1, 1))
     for k in range(1, len(grains)):
         for j in sorted(set(first[:k].tolist())):
-            turn = turn_between(grains[j], grains[k])
-            if abs(turn.rotation) < _SAME_TURN and turn.misfit < _SAME_SIZE:
-                first[k], change[k] = j, turn.change
+            rotation, strain = _compared(grains[j].vectors, _MATRICES @ grains[k].vectors)
+            strain = np.where(np.abs(rotation) < _SAME_TURN, strain, np.inf)
+            if strain.min() < _SAME_SIZE:
+                first[k], change[k] = j, _MATRICES[strain.argmin()]
                 break
     return first, change
 
 
 def grain_boundaries(position: Floats, crystal: Integers, grains: tuple[Grain, ...], whole: Net) -> tuple[Defect, ...]:
-    """Lines between crystals that are turned against each other, or of different lattices.
+    """Lines between crystals that are turned against each other.
 
     Parameters
     ----------
@@ -153,13 +156,13 @@ def grain_boundaries(position: Floats, crystal: Integers, grains: tuple[Grain, .
             alike = _commensurate(grains[one], grains[other])
             turns[one, other] = None if alike else turn_between(grains[one], grains[other])
         turn = turns[one, other]
-        if turn is None:
+        if turn is None or abs(turn.rotation) < _SAME_TURN:
             continue
         found.append(
             Defect(
                 "grain-boundary",
                 place,
-                float(1 - 2 * stats.norm.sf(max(abs(turn.rotation), turn.misfit) / max(turn.sigma, 1e-9))),
+                float(1 - 2 * stats.norm.sf(abs(turn.rotation) / max(turn.sigma, 1e-9))),
                 {
                     "grains": (one, other),
                     "misorientation_deg": float(np.rad2deg(abs(turn.rotation))),
@@ -206,16 +209,17 @@ def stacking_faults(position: Floats, vectors: Floats, whole: Net) -> tuple[Defe
     """
     found = []
     shortest, least = float(np.hypot(*vectors.T).min()), _least_jump(whole, vectors)
-    for line, sense in crossings(whole, jumping(whole, vectors)):
+    pieces = [_Piece(line, sense) for line, sense in crossings(whole, jumping(whole, vectors)) if len(line) > 1]
+    for line, sense in _joined(pieces, position, whole, _GAP * shortest):
         place = _smooth(position[whole.bond[line]].mean(axis=1))
         if len(line) < _FEWEST_BONDS or _extent(place) < _SHORTEST * shortest:
             continue
-        phase = np.exp(2j * np.pi * whole.miss[line] * sense[:, None]).mean(axis=0)
+        phase = _phase(_Piece(line, sense), whole)
         if np.abs(phase).min() < _ALIKE:
             continue
         jump = _shortest(np.angle(phase) / (2 * np.pi), vectors)
         sigma = np.sqrt(-2 * np.log(np.abs(phase).clip(1e-9, 1 - 1e-9)) / len(line)) / (2 * np.pi)
-        across = ((position[whole.bond[line, 1]] - position[whole.bond[line, 0]]) * sense[:, None]).mean(axis=0)
+        across = _across(_Piece(line, sense), position, whole)
         step = jump @ vectors
         if np.hypot(*step) < 1.25 * least:
             continue
@@ -236,6 +240,57 @@ def stacking_faults(position: Floats, vectors: Floats, whole: Net) -> tuple[Defe
             )
         )
     return tuple(found)
+
+
+class _Piece(NamedTuple):
+    """Bonds across a line in order, and the signs with which they all run from one side of it to the other."""
+
+    line: Integers
+    sense: Integers
+
+
+def _phase(piece: _Piece, whole: Net) -> NDArray[np.complex128]:
+    """(2,) mean of ``exp(2 pi i t)`` of the jumps t [cells], which does not mind lattice vectors."""
+    return np.asarray(np.exp(2j * np.pi * whole.miss[piece.line] * piece.sense[:, None]).mean(axis=0))
+
+
+def _across(piece: _Piece, position: Floats, whole: Net) -> Floats:
+    """(2,) mean way of the bonds [px]."""
+    way = position[whole.bond[piece.line, 1]] - position[whole.bond[piece.line, 0]]
+    return np.asarray((way * piece.sense[:, None]).mean(axis=0))
+
+
+def _joined(pieces: list[_Piece], position: Floats, whole: Net, gap: float) -> list[_Piece]:
+    """Pieces that end next to each other with the same jump, as one: noise may hide a bond of a fault."""
+    whole_lines: list[_Piece] = []
+    for piece in sorted(pieces, key=lambda p: -len(p.line)):
+        for k, other in enumerate(whole_lines):
+            joint = _joint(other, piece, position, whole, gap)
+            if joint is not None:
+                whole_lines[k] = joint
+                break
+        else:
+            whole_lines.append(piece)
+    return whole_lines if len(whole_lines) == len(pieces) else _joined(whole_lines, position, whole, gap)
+
+
+def _joint(one: _Piece, other: _Piece, position: Floats, whole: Net, gap: float) -> _Piece | None:
+    """``one`` and then ``other``, either way round, if they belong together."""
+    if _across(one, position, whole) @ _across(other, position, whole) < 0:
+        other = _Piece(other.line, -other.sense)
+    apart = np.angle(_phase(one, whole) * np.conj(_phase(other, whole))) / (2 * np.pi)
+    ways = [
+        (a, b)
+        for a in (one, _Piece(one.line[::-1], one.sense[::-1]))
+        for b in (other, _Piece(other.line[::-1], other.sense[::-1]))
+    ]
+    ends = [position[whole.bond[[a.line[-1], b.line[0]]]].mean(axis=1) for a, b in ways]
+    distance = [float(np.hypot(*(e[0] - e[1]))) for e in ends]
+    best = int(np.argmin(distance))
+    if distance[best] > gap or np.abs(apart).max() > _SAME_JUMP:
+        return None
+    a, b = ways[best]
+    return _Piece(np.concatenate([a.line, b.line]), np.concatenate([a.sense, b.sense]))
 
 
 def _shortest(cells: Floats, vectors: Floats) -> Floats:
