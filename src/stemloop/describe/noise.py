@@ -37,19 +37,20 @@ def noise_of(parts: Iterable[tuple[Image, NDArray[np.bool_]]]) -> Noise:
     """
     seen, span = [], 0.0
     for part, measured in parts:
-        square = _filtered(part, _DIFFERENCE) ** 2
-        local = _filtered(part, _DIFFERENCE**2)
-        place = filters.smooth(part, 2.0)[2:-2, 2:-2]
-        kept = np.ones(square.shape, bool)
-        if not measured.all():
-            kept = _filtered((~measured).astype(np.float32), np.ones(5, np.float32)) == 0
-        kept[1::2] = False  # every other pixel of every other row tells as much
-        kept[:, 1::2] = False
+        if measured.all():
+            square, local = _both(part, _DIFFERENCE) ** 2, _both(part, _DIFFERENCE**2)
+            place = filters.smooth(part, 2.0)[2:-2, 2:-2]
+            kept = np.zeros(square.shape, bool)
+            kept[::2, ::2] = True  # every other pixel of every other row tells as much
+        else:  # along rows alone, which fewer missing pixels spoil
+            square, local = _along(part.T, _DIFFERENCE).T ** 2, _along(part.T, _DIFFERENCE**2).T
+            place = filters.smooth(part, 2.0)[:, 2:-2]
+            kept = _along((~measured.T).astype(np.float32), np.ones(5, np.float32)).T == 0
         seen.append(np.stack([place[kept], local[kept], square[kept]]))
         span = max(span, float(np.ptp(part)))
     place, local, square = np.concatenate(seen, axis=1).astype(np.float64)
     least = (1e-4 * span) ** 2
-    if len(place) < 4 * _BINS:
+    if len(place) < 8 * _BINS:
         return Noise(0.0, max(float(square.mean()) if len(square) else 0.0, least), least)
     bins = np.array_split(np.argsort(place), _BINS)
     x = np.array([local[b].mean() for b in bins])
@@ -61,12 +62,13 @@ def noise_of(parts: Iterable[tuple[Image, NDArray[np.bool_]]]) -> Noise:
     return Noise(float(gain), float(floor) + least, max(0.05 * typical, least))
 
 
-def _filtered(part: Image, kernel: Image) -> Image:
+def _both(part: Image, kernel: Image) -> Image:
     """Correlation with ``kernel`` along both axes, where it fits."""
     return _along(np.ascontiguousarray(_along(part, kernel).T), kernel).T
 
 
 def _along(part: Image, kernel: Image) -> Image:
+    """Correlation with ``kernel`` along the first axis, where it fits."""
     size = len(part) - len(kernel) + 1
     out = kernel[0] * part[:size]
     for k in range(1, len(kernel)):

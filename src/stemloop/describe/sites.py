@@ -20,8 +20,8 @@ _FEWEST_VOTES, _VOTES = 3, 0.4
 _LONGEST = 2.3
 #: Of the columns that could expect a site inside a crystal at least this share is there.
 _SURROUNDED = 0.65
-#: Most columns of a neighbourhood, and how many of them are asked for its lattice's vectors.
-_GROUP, _ASKED = 400, 100
+#: Most columns of a neighbourhood, how many may be too few to halve it if it has no lattice, and how many are asked.
+_GROUP, _SMALLEST_GROUP, _ASKED = 400, 40, 100
 
 
 class Sites(NamedTuple):
@@ -56,11 +56,15 @@ def expected(position: Floats, shape: tuple[int, ...], margin: float) -> Sites:
     room = _LONGEST * spacing
     whole = np.asarray(((position > room) & (position < np.array(shape) - 1 - room)).all(axis=1))
     ballots, weights = [np.zeros((0, 2))], [np.zeros(0)]
-    for members in _neighbourhoods(position):
-        vectors = _shared_vectors(position, members[whole[members]], tree, room, reach)
-        if len(vectors) >= 4:
-            ballots.append((position[members, None] + vectors).reshape(-1, 2))
-            weights.append(np.full(len(ballots[-1]), 1 / max(_FEWEST_VOTES, _VOTES * len(vectors))))
+    left = [np.arange(len(position))]
+    while left:
+        members = left.pop()
+        known = _shared_vectors(position, members[whole[members]], tree, room, reach) if len(members) <= _GROUP else ()
+        if len(known) >= 4:
+            ballots.append((position[members, None] + known).reshape(-1, 2))
+            weights.append(np.full(len(ballots[-1]), 1 / max(_FEWEST_VOTES, _VOTES * len(known))))
+        elif len(members) > _SMALLEST_GROUP:
+            left += _halves(position, members)
     votes, weight = np.concatenate(ballots), np.concatenate(weights)
     inside = ((votes > margin) & (votes < np.array(shape) - 1 - margin)).all(axis=1)
     votes, weight = votes[inside], weight[inside]
@@ -82,18 +86,11 @@ def _seen(sites: Floats, shape: tuple[int, ...], radius: float) -> Floats:
     return np.asarray(((ring >= 0) & (ring <= np.array(shape) - 1)).all(axis=2).mean(axis=1))
 
 
-def _neighbourhoods(position: Floats) -> list[NDArray[np.int64]]:
-    """The columns in groups of at most a few hundred, halved along their longer side again and again."""
-    groups, left = [], [np.arange(len(position))]
-    while left:
-        members = left.pop()
-        if len(members) <= _GROUP:
-            groups.append(members)
-            continue
-        side = int(np.ptp(position[members], axis=0).argmax())
-        order = members[np.argsort(position[members, side], kind="stable")]
-        left += [order[: len(order) // 2], order[len(order) // 2 :]]
-    return groups
+def _halves(position: Floats, members: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """The columns ``members`` in two groups, cut across their longer side."""
+    side = int(np.ptp(position[members], axis=0).argmax())
+    order = members[np.argsort(position[members, side], kind="stable")]
+    return [order[: len(order) // 2], order[len(order) // 2 :]]
 
 
 def _shared_vectors(
