@@ -211,7 +211,7 @@ def test_a_killed_analysis_goes_on_and_ends_with_the_same_bytes(moving, tmp_path
 
 
 def test_a_worker_that_dies_takes_one_frame_along(tmp_path, monkeypatch):
-    made, _ = stack(3, side=64, bad=())
+    made, _ = stack(3, bad=())
     np.save(tmp_path / "stack.npy", made)
     frames.Job(str(tmp_path / "stack.npy"), None, frames.PixelSize(), frames.Wanted()).write(tmp_path)
     deadly = frames._Worker.does
@@ -378,3 +378,23 @@ def test_wrong_words_end_with_how_to_mend_them(tmp_path, monkeypatch, capsys, wo
 def test_options_that_mean_nothing_are_refused(tmp_path, words):
     with pytest.raises(InputError):
         analyze(np.ones((64, 64)), tmp_path / "out", **words)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_very_large_image(tmp_path, capsys):
+    """8192 x 8192 px of one crystal, from a tile that repeats after whole cells."""
+    across = 1024 / 39  # px a cell: a tile of 1024 px is 39 cells wide
+    plane = pictures.PLANES["SrTiO3[001]"]
+    tile = pictures.layout(plane, (1024 + 64, 1024 + 64), 390.5 / across, margin=-20)
+    mean = pictures.mean_image(tile, 2e4)[32:-32, 32:-32]
+    rng = np.random.default_rng(0)
+    image = np.empty((8192, 8192), np.uint16)
+    for top in range(0, 8192, 1024):
+        for left in range(0, 8192, 1024):
+            image[top : top + 1024, left : left + 1024] = rng.poisson(mean)
+    status, _, err = run(tmp_path, capsys, image, "--pixel-nm", str(0.3905 / across))
+    assert status == 0, err
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["columns"] > 0.98 * 2 * (8 * 39) ** 2
+    assert (tmp_path / "out" / "report.html").stat().st_size < 20e6
