@@ -3,8 +3,9 @@
 The image is counted: a perovskite along [001], 15 pm a pixel, the bright sublattice at the corners (Gaussian columns of
 45 pm), the weaker one at the centres (42 pm, half as intense) and displaced by +-20 pm in two domains, thermal jitter
 of 3 pm, 1 % of the weaker columns missing, a brightness (thickness) that varies by a quarter from column to column and
-in the background between them, Poisson noise at the stated dose. The bound is that of one column whose position, amplitude, width and background are all unknown, by the
-Fisher information of independent Poisson pixels.
+in the background between them, Poisson noise at the stated dose. The bound is that of one column whose position,
+amplitude, width and background are all unknown, by the Fisher information of independent Poisson pixels. Brightness
+does not multiply the image: a slope under a Gaussian moves its middle, for every method alike.
 
 Run: python benchmarks/columns.py [--peer PYTHON_WITH_ATOMAP]
 """
@@ -41,8 +42,8 @@ CASES = [
 
 @dataclass(frozen=True)
 class Case:
-    """A counted image, the mean that it was drawn from, and where its columns are: ``position`` (n, 2) [px],
-    ``sublattice`` (n,), ``bound`` (n,) [px] for one coordinate; ``vacancy`` (m, 2); ``width`` [px] of the bright ones."""
+    """A counted image and where its columns are: ``position`` (n, 2) [px], ``sublattice`` (n,), ``bound`` (n,) [px] for
+    one coordinate; ``vacancy`` (m, 2); ``width`` [px] of the bright ones."""
 
     image: np.ndarray
     position: np.ndarray
@@ -105,8 +106,8 @@ def _bound(A, w, b):
 def score(
     case: Case, found: np.ndarray, sigma: np.ndarray | None = None, vacant: np.ndarray | None = None
 ) -> dict[str, float]:
-    """Precision, recall, deviation over the bound and calibration of ``found`` (n, 2) [px], away from the border; how
-    many of the vacancies were filled, and of those named ``vacant`` (m, 2) how many were found and how many are true."""
+    """Precision, recall, deviation over the bound and calibration of ``found`` (n, 2) [px], away from the border; the
+    share of vacancies that was filled, that ``vacant`` (m, 2) names, and of those named that are true."""
     reach = 0.3 * cKDTree(case.position).query(case.position, 2)[0][:, 1].mean()
     border = 3 * case.width
     size = np.array(case.image.shape)

@@ -71,7 +71,9 @@ def test_saturated_columns_are_found_without_bias(clip):
     bright = inner(whole.position) & (whole.sublattice == 0)
     near = cKDTree(found.position).query(whole.position[bright])[1]
     # where half of the height is cut, the flanks leave it to the other columns' width, 3 % less than these have
-    assert np.median(found.amplitude[near] / whole.amplitude[bright]) == pytest.approx(1, abs=0.05 if clip < 0.6 else 0.02)
+    assert np.median(found.amplitude[near] / whole.amplitude[bright]) == pytest.approx(
+        1, abs=0.05 if clip < 0.6 else 0.02
+    )
     assert (found.measured[near] < 1).mean() > 0.9  # and they are marked
 
 
@@ -156,7 +158,9 @@ def test_a_large_image_needs_little_memory():
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 900  # MiB
     # tiles join where two rims meet; within each the answer is that of the small image
     middle = small.position[inner(small.position, 512, 60)]
-    wanted = (middle[None] + 512 * np.stack(np.meshgrid(np.arange(16), np.arange(16)), -1).reshape(-1, 1, 2)).reshape(-1, 2)
+    wanted = (middle[None] + 512 * np.stack(np.meshgrid(np.arange(16), np.arange(16)), -1).reshape(-1, 1, 2)).reshape(
+        -1, 2
+    )
     distance, which = cKDTree(found.position).query(wanted)
     assert (distance < 3).mean() > 0.9999
     sigma = np.median(small.sigma)
