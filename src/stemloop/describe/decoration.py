@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial import cKDTree
 
 from stemloop.describe.vectors import standard, wrapped
 
@@ -27,6 +28,9 @@ _MOST_SITES = 16
 #: Repeats of the larger cell across the grain, in every direction, that are needed for a first step and for the others:
 #: two kinds of columns are common, and a few layers of a film that differ are not yet another lattice.
 _REPEATS, _MORE_REPEATS = 2.5, 6.0
+#: Columns of a neighbourhood that is tested by itself, of one that votes for the domain of its middle, by how much it
+#: must be sure (natural logarithm of the odds), and the smallest domain.
+_PATCH, _JURY, _SURE, _SMALLEST_DOMAIN = 120, 16, 8.0, 16
 
 
 class Cells(NamedTuple):
@@ -38,6 +42,10 @@ class Cells(NamedTuple):
     cell: Integers
     site: Integers
     frame: Floats
+
+    def take(self, part: Integers) -> Cells:
+        """Of the columns ``part`` only."""
+        return self._replace(cell=self.cell[part], site=self.site[part], frame=self.frame[part])
 
 
 def sublattices() -> list[Integers]:
@@ -109,27 +117,81 @@ def _refined(cells: Cells, shift: Floats, m: int) -> Cells:
     return Cells(pair @ cells.vectors, basis, cell, site, np.einsum("ij,njk->nik", pair, cells.frame))
 
 
-def decorated(cells: Cells, bright: Floats, off: Floats, nearest: float, repeats: float = _REPEATS) -> Cells:
+def decorated(
+    cells: Cells, position: Floats, bright: Floats, off: Floats, nearest: float, repeats: float = _REPEATS
+) -> tuple[Cells, Integers]:
     """The coarser lattice, if its cosets differ in brightness ``bright`` (n,) or displacement ``off`` (n, 2) [px].
 
-    One step after the other, each of index 2 or 3, and each must be needed.
+    One step after the other, each of index 2 or 3, and each must be needed, in the whole grain or a part of it. Parts
+    that are shifted against each other by a vector of the finer lattice are antiphase domains: their cells are numbered
+    from their own origin, and the second answer (n,) tells them apart (0 is the largest).
     """
     values = np.column_stack([bright, off / nearest])
-    values = values[:, np.isfinite(values).all(axis=0)]
-    least = np.array([_BRIGHTER, _APART, _APART])
-    best, chosen = _BETTER, None
-    for form in sublattices():
-        m = int(form[0, 0] * form[1, 1])
-        if _extent(cells, form) < repeats:
-            continue
-        group = cells.site * m + coset(cells.cell, form)
-        gain, spread = _gain(values, cells.site, group, len(cells.basis), m)
-        useful = (gain > 0) & (spread > least[: len(gain)])
-        if (total := float(gain[useful].sum())) > best:
-            best, chosen = total, form
-    if chosen is None or len(cells.basis) * int(chosen[0, 0] * chosen[1, 1]) > _MOST_SITES:
-        return cells
-    return decorated(_coarser(cells, chosen), bright, off, nearest, _MORE_REPEATS)
+    parts = [np.arange(len(position)), *_patches(position)]
+    forms = [form for form in sublattices() if _extent(cells, form) >= repeats]
+    for some in (parts[:1], parts[1:]):
+        gains = [max((_useful(cells, values, form, part)[0] for part in some), default=0.0) for form in forms]
+        if gains and max(gains) > _BETTER:
+            form = forms[int(np.argmax(gains))]
+            break
+    else:
+        return cells, np.zeros(len(position), np.int64)
+    if len(cells.basis) * int(form[0, 0] * form[1, 1]) > _MOST_SITES:
+        return cells, np.zeros(len(position), np.int64)
+    shift, domain = _domains(cells, position, values, form, parts)
+    finer = cells._replace(cell=cells.cell + shift)
+    coarser, more = decorated(_coarser(finer, form), position, bright, off, nearest, _MORE_REPEATS)
+    return coarser, domain * (int(more.max()) + 1) + more
+
+
+def _patches(position: Floats) -> list[Integers]:
+    """Numbers of the columns of nine neighbourhoods, where there are enough for more than two."""
+    if len(position) < 2 * _PATCH:
+        return []
+    places = np.quantile(position, (0.15, 0.5, 0.85), axis=0)
+    middles = np.array([[places[i, 0], places[j, 1]] for i in range(3) for j in range(3)])
+    return list(np.asarray(cKDTree(position).query(middles, _PATCH)[1], dtype=np.int64))
+
+
+def _useful(cells: Cells, values: Floats, form: Integers, part: Integers) -> tuple[float, NDArray[np.bool_]]:
+    """Gain of the criterion by ``form`` among the columns ``part``, and which of the values have a share in it."""
+    m = int(form[0, 0] * form[1, 1])
+    group = cells.site[part] * m + coset(cells.cell[part], form)
+    gain, apart = _gain(values[part], cells.site[part], group, len(cells.basis), m)
+    useful = (gain > 0) & (apart > np.array([_BRIGHTER, _APART, _APART]))
+    return float(gain[useful].sum()), useful
+
+
+def _domains(
+    cells: Cells, position: Floats, values: Floats, form: Integers, parts: list[Integers]
+) -> tuple[Integers, Integers]:
+    """Shift (n, 2) of each column's cell that makes its neighbourhood look like the clearest part, and its domain."""
+    n, m = len(position), int(form[0, 0] * form[1, 1])
+    nowhere = np.zeros((n, 2), np.int64), np.zeros(n, np.int64)
+    told = [_useful(cells, values, form, part) for part in parts]
+    clear = int(np.argmax([gain / len(part) for (gain, _), part in zip(told, parts, strict=True)]))
+    part, useful = parts[clear], told[clear][1]
+    k = len(cells.basis)
+    group = cells.site * m + coset(cells.cell, form)
+    left, mean, _ = _centred(values[part][:, useful], group[part], k * m)
+    wide = 1.4826 * np.median(np.abs(left), axis=0) + 1e-6
+    shifts = np.array([[i, j] for i in range(form[0, 0]) for j in range(form[1, 1])])
+    moved = [cells.site * m + coset(cells.cell + shift, form) for shift in shifts]
+    fit = np.stack([np.minimum((((values[:, useful] - mean[g]) / wide) ** 2).sum(axis=1), 9.0) for g in moved], axis=1)
+    tree = cKDTree(position)
+    near = np.asarray(tree.query(position, min(_JURY, n))[1])
+    misfit = 0.5 * fit[near].sum(axis=1)
+    ordered = np.sort(misfit, axis=1)
+    sure = ordered[:, 1] - ordered[:, 0] > _SURE
+    if sure.sum() < _SMALLEST_DOMAIN:
+        return nowhere
+    phase = misfit.argmin(axis=1)
+    decided = np.flatnonzero(sure)
+    phase = phase[decided[np.asarray(cKDTree(position[decided]).query(position)[1])]]
+    size = np.bincount(phase, minlength=m)
+    phase = np.where(size[phase] < _SMALLEST_DOMAIN, size.argmax(), phase)
+    order = np.argsort(np.argsort(-np.bincount(phase, minlength=m), kind="stable"))
+    return shifts[phase], np.asarray(order[phase])
 
 
 def _extent(cells: Cells, form: Integers) -> float:

@@ -37,6 +37,8 @@ _OCCUPIED = 0.6
 #: Nor is it where columns of its kind have a larger deviation [widths]: they could hide in the noise.
 _CERTAIN = 0.15
 _FREEDOM = 4.0
+#: Where they could hide, even the finder's word counts only if it calls no more than this share of them vacant.
+_RARE = 0.06
 #: A place that fewer of the cells hold is none of the lattice's.
 _SPARSE = 0.1
 
@@ -110,7 +112,8 @@ def assign(columns: Columns, shape: tuple[int, int]) -> Assignment:
     if field is None:
         return _none(len(columns))
     owned = _owned(_lattices(field), len(columns))
-    return _joined(len(columns), [_described(field, grown, index, columns.vacant) for grown, index in owned])
+    members = [m for grown, index in owned for m in _described(field, grown, index, columns.vacant)]
+    return _joined(len(columns), sorted(members, key=lambda m: -len(m.which)))
 
 
 def _field(columns: Columns, shape: tuple[int, int]) -> _Field | None:
@@ -258,12 +261,19 @@ def _is_new(grown: _Grown, free: Bools) -> bool:
     return size >= _SMALLEST_GRAIN and fresh >= max(_SMALLEST_GRAIN, 0.5 * size)
 
 
+def _strain(grown: _Grown) -> Floats:
+    """(n,) twice the logarithm of the ratio of the principal stretches of the local vectors: what strain costs."""
+    frame = np.where(grown.site[:, None, None] >= 0, grown.frame, grown.seed.vectors)
+    stretch = np.linalg.svd(np.linalg.inv(grown.seed.vectors) @ frame, compute_uv=False)
+    return np.asarray(2 * np.log(stretch[:, 0] / stretch[:, 1]))
+
+
 def _owned(lattices: list[_Grown], n: int) -> list[tuple[_Grown, Integers]]:
     """Each column goes to the lattice that fits it best; lattices with the numbers of their columns, largest first."""
     lattices = sorted(lattices, key=lambda g: -int((g.site >= 0).sum()))
     while lattices:
-        support = np.array([np.where(g.site >= 0, g.support, -1.0) for g in lattices])
-        owner = np.where(support.max(axis=0) >= 0, support.argmax(axis=0), -1)
+        support = np.array([np.where(g.site >= 0, g.support - _strain(g), -9.0) for g in lattices])
+        owner = np.where(support.max(axis=0) > -9, support.argmax(axis=0), -1)
         size = np.bincount(owner[owner >= 0], minlength=len(lattices))
         if size.min() >= _SMALLEST_GRAIN:
             order = np.argsort(-size, kind="stable")
@@ -275,21 +285,35 @@ def _owned(lattices: list[_Grown], n: int) -> list[tuple[_Grown, Integers]]:
 # -------------------------------------------------------------------------------------------- describing a grain
 
 
-def _described(field: _Field, grown: _Grown, index: Integers, vacant: Floats) -> _Member:
-    """Sites, ideal places, rim and vacancies of the grain that holds the columns ``index``."""
+def _described(field: _Field, grown: _Grown, index: Integers, vacant: Floats) -> list[_Member]:
+    """What is known of the columns ``index`` of a lattice: one grain, or one for each antiphase domain."""
     nearest = grown.seed.nearest
     cells = Cells(grown.seed.vectors, grown.seed.basis, grown.cell[index], grown.site[index], grown.frame[index])
-    bright = brightness(field.amplitude, field.near)[index]
-    position, variance = field.position[index], field.variance[index].mean(axis=1)
     cells = finest(cells, nearest)
-    variance = np.maximum(variance, (1e-3 * nearest) ** 2)
+    bright = brightness(field.amplitude, field.near)[index]
+    position = field.position[index]
+    variance = np.maximum(field.variance[index].mean(axis=1), (1e-3 * nearest) ** 2)
     off = position - _predicted(position, variance, cells)
-    cells = decorated(cells, bright, np.where(np.isfinite(off), off, np.nanmedian(off, axis=0)), nearest)
+    cells, domain = decorated(cells, position, bright, np.where(np.isfinite(off), off, 0.0), nearest)
+    parts = [np.flatnonzero(domain == d) for d in np.unique(domain)]
+    return [
+        _member(field, index[part], cells.take(part), bright[part], variance[part], nearest, vacant)
+        for part in parts
+        if len(part) >= _SMALLEST_GRAIN
+    ]
+
+
+def _member(
+    field: _Field, index: Integers, cells: Cells, bright: Floats, variance: Floats, nearest: float, vacant: Floats
+) -> _Member:
+    """Sites, ideal places, rim and vacancies of one grain."""
+    position = field.position[index]
     cells = _ranked(cells, bright)
     around = _surroundings(position, variance, cells)
-    fraction = np.einsum("ni,nij->nj", position - around.origin, np.linalg.inv(_filled(around.frame, cells.frame)))
+    frame = _filled(around.frame, cells.frame)
+    fraction = np.einsum("ni,nij->nj", position - around.origin, np.linalg.inv(frame))
     basis = symmetric(_mean_places(fraction, cells), cells.vectors)
-    cells = cells._replace(basis=basis, frame=_filled(around.frame, cells.frame))
+    cells = cells._replace(basis=basis, frame=frame)
     ideal, spread = around.at(basis[cells.site])
     sigma = np.sqrt(field.variance[index] + spread[:, None])
     p_site = _probabilities(position - ideal, bright, cells)
@@ -445,7 +469,10 @@ def _gaps(
         asked = np.asarray(cKDTree(known).query(places)[0]) < 0.42 * nearest
     count = np.bincount(cells.site, minlength=len(cells.basis))
     lost = np.bincount(kinds[votes >= 3], minlength=len(cells.basis))
-    usual = (count / np.maximum(count + lost, 1) >= _OCCUPIED) & (_doubt(field, index, cells) < _CERTAIN)
+    certain = _doubt(field, index, cells) < _CERTAIN
+    usual = (count / np.maximum(count + lost, 1) >= _OCCUPIED) & certain
+    rare = np.bincount(kinds[asked], minlength=len(cells.basis)) <= np.maximum(_RARE * count, 2)
+    asked &= (certain | rare)[kinds]
     vacant = ((votes >= 3) & (usual[kinds] | asked)) | ((votes >= 2) & asked) if len(places) else asked
     vacant &= _enclosed(field, places, kinds, cells.frame[voters], mine, 0.42 * nearest)
     rim = ~met

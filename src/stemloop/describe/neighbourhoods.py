@@ -14,6 +14,7 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 _ROUNDS = 4
+_AT_ONCE = 20000
 _TUKEY = 4.685
 
 
@@ -61,6 +62,10 @@ def local(
         primary kind (site 0). asked : numbers of the columns for which it is wanted; all if left out.
     """
     asked = np.arange(len(position)) if asked is None else asked
+    if len(asked) > _AT_ONCE:  # to bound the memory
+        blocks = np.array_split(asked, -(-len(asked) // _AT_ONCE))
+        parts = [local(position, variance, cells, sources, order, block) for block in blocks]
+        return Local(*(np.concatenate(field) for field in zip(*parts, strict=True)))
     n, q = len(asked), 3 if order == 1 else 6
     most = 12 if order == 1 else 20
     nothing = Local(

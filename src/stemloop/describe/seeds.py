@@ -150,7 +150,7 @@ def common_place(fraction: Floats, vectors: Floats, reach: float) -> Floats | No
     if len(fraction) < _FEWEST:
         return None
     reach = min(reach, float(np.sqrt(abs(np.linalg.det(vectors)) / (4 * np.pi))))
-    sample = fraction[:2000]
+    sample = fraction[:: -(-len(fraction) // 800)]
     off = wrapped(sample[None] - sample[:, None], vectors)
     near = np.hypot(off[..., 0], off[..., 1]) < reach
     i = int(near.sum(axis=1).argmax())

@@ -28,7 +28,7 @@ REACH = 1.5
 _INHERITED = 6.0
 _FIT = 0.25
 #: Principal stretches, against the lattice where the walk began, between which a lattice is still the same one.
-STRETCH = (0.86, 1.16)
+STRETCH = (0.89, 1.12)
 
 
 @njit(cache=True, nogil=True)
@@ -224,9 +224,8 @@ def walk(
                 ):
                     continue
                 _adapt(m, s, i, j, position, near, site, cell, reach, tolerance, frame)
-                if not _alike(frame, vectors):
-                    continue
-                if _support(m, position, near, frame, basis, s, reach, _FIT * nearest) < SUPPORT:
+                support[m] = _support(m, position, near, frame, basis, s, reach, _FIT * nearest)
+                if support[m] < SUPPORT or not _alike(frame, vectors):
                     continue
                 site[m], cell[m, 0], cell[m, 1] = s, i, j
                 frames[m] = frame
