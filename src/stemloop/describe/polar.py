@@ -22,6 +22,8 @@ from stemloop.describe.walls import walls_of
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
+#: Steps between cells that share no column.
+_APART = [(2, 0), (0, 2), (2, 2), (2, -2)]
 #: Repetitions with new noise: so many cells in all, within these bounds.
 _DRAWN, _FEWEST_DRAWS, _MOST_DRAWS = 400_000, 40, 150
 
@@ -36,8 +38,8 @@ class Polar:
     p_polar : (n,) probability that the cell is displaced at all. variant : (n,) int, the most likely variant, -1 where
     the cell is not polar or the directions have no variants; p_variant : (n, k). direction, direction_sigma : (k,)
     [rad] of the variants. region : (n,) int, connected cells of one variant, the largest first, -1 as above.
-    coherence : how far the displacements of cells that share no column agree, in deviations of chance (negative where
-    they alternate; beyond about 4 the image is polar). offset : (grains, 2) [px] what was taken off the vectors of each
+    coherence : how far the displacements of cells that share no column or scan line agree, in deviations of chance
+    (negative where they alternate; beyond 4.5 the image is polar). offset : (grains, 2) [px] what was taken off the vectors of each
     grain; vectors : (grains, 2, 2) [px] its lattice.
     """
 
@@ -129,8 +131,9 @@ def polar(
     grain = np.repeat(np.arange(len(parts)), [len(p.column) for p in parts]).astype(np.int64)
     starts = np.cumsum([0, *(len(p.column) for p in parts)])
     beside = _stacked(grids, starts, [(1, 0), (-1, 0), (0, 1), (0, -1)])
-    apart = _stacked(grids, starts, [(2, 0), (0, 2), (2, 2), (2, -2)])
-    coherence = _coherence(joined.vector, joined.sigma, apart)
+    apart = _stacked(grids, starts, _APART)
+    across = np.array([_across(g.vectors) for g in assignment.grains]).reshape(-1, len(_APART))
+    coherence = _coherence(joined.vector, joined.sigma, np.where(across[grain], apart, -1))
     found = directions.none(len(joined.column))
     if abs(coherence) > directions.COHERENT:
         found = directions.variants_of(joined.vector, joined.sigma, beside, variants)
@@ -309,6 +312,12 @@ def _excess(part: _Part, grid: _Grid) -> float:
     v = part.vector[four]
     square = (v[:, 0] - v[:, 1] - v[:, 2] + v[:, 3]) ** 2 / (part.sigma[four] ** 2).sum(axis=1)
     return max(1.0, float(np.sqrt(np.median(square) / 0.4549)))  # median of chi-square of one degree
+
+
+def _across(vectors: Floats) -> NDArray[np.bool_]:
+    """Which of the steps between compared cells lead to other scan lines: jitter of a line moves all its columns."""
+    steps = np.array(_APART) @ vectors
+    return np.asarray(np.abs(steps[:, 0]) > 0.25 * np.hypot(*steps.T))
 
 
 def _coherence(vector: Floats, sigma: Floats, apart: Integers) -> float:
