@@ -163,7 +163,9 @@ def test_the_strain_around_a_dislocation_is_that_of_elasticity():
     away = ~((np.abs(columns.position[:, 0] - core[0]) < 60) & (columns.position[:, 1] < core[1]))
     ring = inner & away & (distance > 120)  # four cells from the core
     assert np.abs(truth[ring]).max() > 0.03
-    assert np.abs(strain.values - truth)[ring].max() < 4e-3  # the field bends over a neighbourhood
+    error = (strain.values - truth)[ring]  # the field bends over a neighbourhood
+    assert np.abs(error).max() < 6e-3
+    assert np.sqrt(np.mean(error**2)) < 1.5e-3
     at = tuple(np.rint(columns.position[ring]).astype(int).T)
     image = np.stack([mapped.e_xx[at], mapped.e_yy[at], mapped.e_xy[at], mapped.rotation[at]], axis=1)
     assert np.nanmax(np.abs(image - truth[ring])) < 6e-3

@@ -90,6 +90,27 @@ def net(position: Floats, vectors: Floats, longest: float = 2.6) -> Net:
     return Net(bond[used], cells[used], step, triangle[whole], side, sense, count == 1)
 
 
+#: Hermite's normal forms: every sublattice of index 2, 3 and 4 once.
+_SPARSER = np.array(
+    [[[a, b], [0, d // a]] for d in (4, 3, 2) for a in range(1, d + 1) if d % a == 0 for b in range(d // a)]
+)
+#: Share of the bonds that a lattice must explain.
+_NEARLY_ALL = 0.85
+
+
+def sparsest(whole: Net) -> Integers:
+    """(2, 2) the change of vectors into those of the sparsest lattice, of index up to 4, of which nearly all steps are.
+
+    A lattice that two halves of a faulted crystal share is finer than that of either; only bonds across the fault need
+    its additional points.
+    """
+    for change in _SPARSER:
+        steps = whole.step @ np.linalg.inv(change)
+        if len(steps) and (np.abs(steps - np.rint(steps)) < 1e-6).all(axis=1).mean() > _NEARLY_ALL:
+            return np.asarray(change)
+    return np.eye(2, dtype=np.int64)
+
+
 def islands(triangle: Integers, chosen: Mask, points: int) -> Iterator[Integers]:
     """Groups (triangle numbers) of the ``chosen`` triangles that share a point."""
     some = np.flatnonzero(chosen)

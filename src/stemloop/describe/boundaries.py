@@ -24,6 +24,8 @@ _SAME_TURN, _SAME_SIZE = np.deg2rad(3.0), 0.12
 _JUMP, _DEVIATIONS = 0.2, 5.0
 #: A line of fewer bonds, or shorter than this many vectors, is none.
 _FEWEST_BONDS, _SHORTEST = 5, 3.0
+#: Pieces of a fault are joined over this many vectors if their jumps differ by at most this part of a cell.
+_GAP, _SAME_JUMP = 2.5, 0.15
 #: Least resultant length of the jumps along a fault (1 if all are equal).
 _ALIKE = 0.8
 #: A column most of whose bonds jump is itself out of place.
@@ -206,16 +208,17 @@ def stacking_faults(position: Floats, vectors: Floats, whole: Net) -> tuple[Defe
     """
     found = []
     shortest, least = float(np.hypot(*vectors.T).min()), _least_jump(whole, vectors)
-    for line, sense in crossings(whole, jumping(whole, vectors)):
+    pieces = [_Piece(line, sense) for line, sense in crossings(whole, jumping(whole, vectors)) if len(line) > 1]
+    for line, sense in _joined(pieces, position, whole, _GAP * shortest):
         place = _smooth(position[whole.bond[line]].mean(axis=1))
         if len(line) < _FEWEST_BONDS or _extent(place) < _SHORTEST * shortest:
             continue
-        phase = np.exp(2j * np.pi * whole.miss[line] * sense[:, None]).mean(axis=0)
+        phase = _phase(_Piece(line, sense), whole)
         if np.abs(phase).min() < _ALIKE:
             continue
         jump = _shortest(np.angle(phase) / (2 * np.pi), vectors)
         sigma = np.sqrt(-2 * np.log(np.abs(phase).clip(1e-9, 1 - 1e-9)) / len(line)) / (2 * np.pi)
-        across = ((position[whole.bond[line, 1]] - position[whole.bond[line, 0]]) * sense[:, None]).mean(axis=0)
+        across = _across(_Piece(line, sense), position, whole)
         step = jump @ vectors
         if np.hypot(*step) < 1.25 * least:
             continue
@@ -236,6 +239,57 @@ def stacking_faults(position: Floats, vectors: Floats, whole: Net) -> tuple[Defe
             )
         )
     return tuple(found)
+
+
+class _Piece(NamedTuple):
+    """Bonds across a line in order, and the signs with which they all run from one side of it to the other."""
+
+    line: Integers
+    sense: Integers
+
+
+def _phase(piece: _Piece, whole: Net) -> NDArray[np.complex128]:
+    """(2,) mean of ``exp(2 pi i t)`` of the jumps t [cells], which does not mind lattice vectors."""
+    return np.asarray(np.exp(2j * np.pi * whole.miss[piece.line] * piece.sense[:, None]).mean(axis=0))
+
+
+def _across(piece: _Piece, position: Floats, whole: Net) -> Floats:
+    """(2,) mean way of the bonds [px]."""
+    way = position[whole.bond[piece.line, 1]] - position[whole.bond[piece.line, 0]]
+    return np.asarray((way * piece.sense[:, None]).mean(axis=0))
+
+
+def _joined(pieces: list[_Piece], position: Floats, whole: Net, gap: float) -> list[_Piece]:
+    """Pieces that end next to each other with the same jump, as one: noise may hide a bond of a fault."""
+    whole_lines: list[_Piece] = []
+    for piece in sorted(pieces, key=lambda p: -len(p.line)):
+        for k, other in enumerate(whole_lines):
+            joint = _joint(other, piece, position, whole, gap)
+            if joint is not None:
+                whole_lines[k] = joint
+                break
+        else:
+            whole_lines.append(piece)
+    return whole_lines if len(whole_lines) == len(pieces) else _joined(whole_lines, position, whole, gap)
+
+
+def _joint(one: _Piece, other: _Piece, position: Floats, whole: Net, gap: float) -> _Piece | None:
+    """``one`` and then ``other``, either way round, if they belong together."""
+    if _across(one, position, whole) @ _across(other, position, whole) < 0:
+        other = _Piece(other.line, -other.sense)
+    apart = np.angle(_phase(one, whole) * np.conj(_phase(other, whole))) / (2 * np.pi)
+    ways = [
+        (a, b)
+        for a in (one, _Piece(one.line[::-1], one.sense[::-1]))
+        for b in (other, _Piece(other.line[::-1], other.sense[::-1]))
+    ]
+    ends = [position[whole.bond[[a.line[-1], b.line[0]]]].mean(axis=1) for a, b in ways]
+    distance = [float(np.hypot(*(e[0] - e[1]))) for e in ends]
+    best = int(np.argmin(distance))
+    if distance[best] > gap or np.abs(apart).max() > _SAME_JUMP:
+        return None
+    a, b = ways[best]
+    return _Piece(np.concatenate([a.line, b.line]), np.concatenate([a.sense, b.sense]))
 
 
 def _shortest(cells: Floats, vectors: Floats) -> Floats:

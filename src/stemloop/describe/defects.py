@@ -9,10 +9,11 @@ from scipy.spatial import cKDTree
 
 from stemloop.core.errors import InputError
 from stemloop.core.structure import Assignment, Columns, Defect, Grain
-from stemloop.describe.bonds import net
+from stemloop.describe.bonds import net, sparsest
 from stemloop.describe.boundaries import crystals, grain_boundaries, primitive, stacking_faults
 from stemloop.describe.dislocations import dislocations
 from stemloop.describe.strain import local_lattice
+from stemloop.describe.vectors import standard
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -85,7 +86,7 @@ def find_defects(columns: Columns, assignment: Assignment, shape: tuple[int, int
     first, change = crystals(grains)
     frames = _frames(columns, assignment, grains, change)
     crystal = np.where(kind >= 0, first[assignment.grain], -1)
-    extended = _extended(columns.position, kind, crystal, frames, grains, assignment)
+    extended = _extended(columns, kind, crystal, frames, grains, assignment)
     spacing = _spacing(columns.position[assignment.site >= 0])
     empty = _vacancies(columns, assignment, spacing, shape)
     loose = _interstitials(columns, assignment, spacing)
@@ -134,7 +135,7 @@ def _kinds(assignment: Assignment, alike: list[Integers]) -> Integers:
 
 
 def _extended(
-    position: Floats,
+    columns: Columns,
     kind: Integers,
     crystal: Integers,
     frames: Floats,
@@ -142,7 +143,7 @@ def _extended(
     assignment: Assignment,
 ) -> tuple[Defect, ...]:
     """Grain boundaries, stacking faults and dislocations; ``crystal`` (n,) are the grains, like ones as one."""
-    sited = np.flatnonzero(kind >= 0)
+    sited, position = np.flatnonzero(kind >= 0), columns.position
     numbers = sorted(set(crystal[sited].tolist()))
     found: list[Defect] = []
     if len(numbers) > 1:
@@ -152,11 +153,28 @@ def _extended(
         members = np.flatnonzero((crystal == number) & (kind == 0))
         if len(members) < 6:
             continue
-        vectors, place = grains[number].vectors, position[members]
-        whole = net(place, frames[members])
-        lines = (*stacking_faults(place, vectors, whole), *dislocations(place, vectors, whole))
+        lines = _lines(columns, members, frames, grains[number].vectors)
         found += _in_cells(lines, assignment.grains[number])
     return tuple(found)
+
+
+def _lines(columns: Columns, members: Integers, frames: Floats, vectors: Floats) -> tuple[Defect, ...]:
+    """Stacking faults and dislocations of the columns ``members`` of one crystal, all of one site.
+
+    Where these are of two brightnesses that alternate but for a fault, the bright ones alone show it.
+    """
+    bright = members[columns.sublattice[members] == columns.sublattice[members].min()]
+    for chosen in (bright, members):
+        whole = net(columns.position[chosen], frames[chosen])
+        change = sparsest(whole)
+        ordered = abs(np.linalg.det(change)) > 1.5
+        if ordered or len(chosen) == len(members):
+            break
+    if ordered:
+        change = standard(change @ vectors) @ change
+        whole, vectors = net(columns.position[chosen], change @ frames[chosen]), change @ vectors
+    place = columns.position[chosen]
+    return (*stacking_faults(place, vectors, whole), *dislocations(place, vectors, whole))
 
 
 def _in_cells(found: tuple[Defect, ...], grain: Grain) -> tuple[Defect, ...]:
