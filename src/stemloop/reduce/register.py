@@ -44,6 +44,8 @@ _JUMP = 0.01
 _OVERLAP = 0.25
 _MOST_CANDIDATES = 48
 _ROUNDS = 3
+#: With more jumps than this frames are only asked one by one.
+_MOST_RUNS = 40
 
 
 class View(NamedTuple):
@@ -362,7 +364,7 @@ def _between_spots(power: Floats, noise: float) -> Thin:
     radius = np.hypot(rows, columns)
     strong = spots & (power > 8 * noise)
     edge = float(radius[strong].max()) if strong.any() else 0.3
-    soft = np.exp(-((radius / max(0.5 * edge, 0.06)) ** 2))
+    soft = np.exp(-((radius / max(0.9 * edge, 0.06)) ** 2))
     return (soft * ~ndimage.binary_dilation(spots, np.ones((5, 5), bool))).astype(np.float32)
 
 
@@ -656,24 +658,27 @@ def _joined(stack: _Stack, fits: list[_Fit]) -> Floats:
     for _ in range(2):
         place = np.array([fit.place for fit in fits])
         runs = _runs(place)
-        changed = False
+        if len(runs) > _MOST_RUNS:
+            break
+        canvas, changed = _summed(stack, fits), False
         for run in sorted(runs, key=len)[: len(runs) - 1]:
-            rest, part = _Canvas.empty(stack.shape), _Canvas.empty(stack.shape)
-            for k, fit in enumerate(fits):
-                if not _mismatch(fit, stack):
-                    (part if k in run else rest).add(stack, k, fit.place)
-            if part.weight.max() < 0.5 or rest.weight.max() < 0.5:
-                continue
-            found = _laid(stack, _Piece(part.total, part.weight, part.odd, part.odd_weight), rest)
-            best = int(found.score.argmax())
-            step = found.place[best]
-            inside = np.abs(place[run] + step).max(axis=0) < np.array(stack.shape) // 2 - 2
-            chance[run] = float(np.exp(found.score[best] - np.logaddexp.reduce(found.score)))
-            if found.score[best] > -1e5 and np.abs(step).max() > 1.5 and inside.all():
-                changed = True
-                for k in run:
-                    fits[k] = fits[k]._replace(place=fits[k].place + step)
-                place[run] += step
+            used = [k for k in run if not _mismatch(fits[k], stack)]
+            part = _Canvas.empty(stack.shape)
+            for k in used:
+                part.add(stack, k, fits[k].place)
+                canvas.add(stack, k, fits[k].place, -1.0)
+            if used and canvas.weight.max() > 0.5:
+                found = _laid(stack, _Piece(part.total, part.weight, part.odd, part.odd_weight), canvas)
+                best = int(found.score.argmax())
+                step = found.place[best]
+                chance[run] = float(np.exp(found.score[best] - np.logaddexp.reduce(found.score)))
+                inside = (np.abs(place[run] + step) < np.array(stack.shape) // 2 - 2).all()
+                if found.score[best] > -1e5 and np.abs(step).max() > 1.5 and inside:
+                    changed = True
+                    for k in run:
+                        fits[k] = fits[k]._replace(place=fits[k].place + step)
+            for k in used:
+                canvas.add(stack, k, fits[k].place)
         if not changed:
             break
     return chance
