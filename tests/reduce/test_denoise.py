@@ -102,10 +102,10 @@ def test_noise_goes_down(method, dose, gain_dB):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_atoms_stay_where_they_are(method):
-    """Columns with 6 pm of disorder of their own: none is pulled to its site. Mean over 16 images at 1e4 e/A^2."""
-    for square, uncertainty in bias(method, 1e4, 16).values():
+    """Columns with 6 pm of disorder of their own: none is pulled to its site. Mean over 8 images at 1e4 e/A^2."""
+    for square, uncertainty in bias(method, 1e4, 8).values():
         assert square < 0.05**2 + 2 * uncertainty
-        assert uncertainty < 0.01
+        assert uncertainty < 0.02
 
 
 @pytest.mark.slow

@@ -80,9 +80,9 @@ def test_one_frame_against_the_finished_reference(moving):
 
 
 def test_views_made_elsewhere_give_the_same_answer(moving):
-    frames, _, found = moving
+    frames = moving[0][:8]
     shape = view_shape(frames)
-    again = register(frames, views=[view_of(frame, shape) for frame in frames])
+    found, again = register(frames), register(frames, views=[view_of(frame, shape) for frame in frames])
     assert np.array_equal(again.shift, found.shift, equal_nan=True)
     assert again.reason == found.reason
 
@@ -245,7 +245,7 @@ def test_real_stacks_have_an_answer_or_a_reason(name):
 
     reader = mrc.file_reader if name.endswith("mrc") else tiff.file_reader
     frames = np.asarray(reader(str(DATA / name))[0]["data"])
-    frames = frames.reshape(-1, *frames.shape[-2:])
+    frames = frames.reshape(-1, *frames.shape[-2:])[:60]
     try:
         found = register(frames)
     except InputError as refused:
