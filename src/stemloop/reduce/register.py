@@ -27,9 +27,25 @@ from scipy import fft, ndimage
 
 from stemloop.core.errors import InputError
 from stemloop.core.protocols import Frames
-from stemloop.reduce.maps import MapRegistration as MapRegistration
-from stemloop.reduce.maps import register_to_map as register_to_map
+from stemloop.reduce.maps import MapRegistration, register_to_map
 from stemloop.reduce.shifting import REACH, moved
+
+__all__ = [
+    "Averaged",
+    "MapRegistration",
+    "Reference",
+    "Registration",
+    "Shift",
+    "View",
+    "along_lines",
+    "average",
+    "placed",
+    "register",
+    "register_to_map",
+    "shift_of",
+    "view_of",
+    "view_shape",
+]
 
 Floats = NDArray[np.float64]
 Thin = NDArray[np.float32]
@@ -44,6 +60,8 @@ _JUMP = 0.01
 _OVERLAP = 0.25
 _MOST_CANDIDATES = 48
 _ROUNDS = 3
+#: With more jumps than this frames are only asked one by one.
+_MOST_RUNS = 40
 
 
 class View(NamedTuple):
@@ -362,7 +380,7 @@ def _between_spots(power: Floats, noise: float) -> Thin:
     radius = np.hypot(rows, columns)
     strong = spots & (power > 8 * noise)
     edge = float(radius[strong].max()) if strong.any() else 0.3
-    soft = np.exp(-((radius / max(0.5 * edge, 0.06)) ** 2))
+    soft = np.exp(-((radius / max(0.9 * edge, 0.06)) ** 2))
     return (soft * ~ndimage.binary_dilation(spots, np.ones((5, 5), bool))).astype(np.float32)
 
 
@@ -597,7 +615,9 @@ def _grown(stack: _Stack, tell: Callable[[int], None]) -> Floats:
 def _typical(stack: _Stack) -> int:
     """The view nearest to the middle of the stack that is neither much fainter nor much stronger than most."""
     strength = np.array([float((v**2).mean()) for v in stack.flat])
-    usual = np.abs(strength / np.median(strength) - 1) <= max(0.15, float(np.quantile(np.abs(strength / np.median(strength) - 1), 0.5)))
+    usual = np.abs(strength / np.median(strength) - 1) <= max(
+        0.15, float(np.quantile(np.abs(strength / np.median(strength) - 1), 0.5))
+    )
     order = np.argsort(np.abs(np.arange(len(stack)) - len(stack) // 2), kind="stable")
     return int(next(k for k in order if usual[k]))
 
@@ -617,9 +637,7 @@ def _fits(stack: _Stack, k: int, canvas: _Canvas, place: Floats) -> bool:
     return float((view * seen).sum()) > float((seen**2 * (known > 0.9)).sum()) / 3
 
 
-def _agreed(
-    stack: _Stack, place: Floats, tell: Callable[[int], None]
-) -> tuple[list[_Fit], Floats, _Canvas]:
+def _agreed(stack: _Stack, place: Floats, tell: Callable[[int], None]) -> tuple[list[_Fit], Floats, _Canvas]:
     """All views asked again against all others, weighed along the chain, and refined."""
     n = len(stack)
     chance = np.ones(n)
@@ -656,24 +674,27 @@ def _joined(stack: _Stack, fits: list[_Fit]) -> Floats:
     for _ in range(2):
         place = np.array([fit.place for fit in fits])
         runs = _runs(place)
-        changed = False
+        if len(runs) > _MOST_RUNS:
+            break
+        canvas, changed = _summed(stack, fits), False
         for run in sorted(runs, key=len)[: len(runs) - 1]:
-            rest, part = _Canvas.empty(stack.shape), _Canvas.empty(stack.shape)
-            for k, fit in enumerate(fits):
-                if not _mismatch(fit, stack):
-                    (part if k in run else rest).add(stack, k, fit.place)
-            if part.weight.max() < 0.5 or rest.weight.max() < 0.5:
-                continue
-            found = _laid(stack, _Piece(part.total, part.weight, part.odd, part.odd_weight), rest)
-            best = int(found.score.argmax())
-            step = found.place[best]
-            inside = np.abs(place[run] + step).max(axis=0) < np.array(stack.shape) // 2 - 2
-            chance[run] = float(np.exp(found.score[best] - np.logaddexp.reduce(found.score)))
-            if found.score[best] > -1e5 and np.abs(step).max() > 1.5 and inside.all():
-                changed = True
-                for k in run:
-                    fits[k] = fits[k]._replace(place=fits[k].place + step)
-                place[run] += step
+            used = [k for k in run if not _mismatch(fits[k], stack)]
+            part = _Canvas.empty(stack.shape)
+            for k in used:
+                part.add(stack, k, fits[k].place)
+                canvas.add(stack, k, fits[k].place, -1.0)
+            if used and canvas.weight.max() > 0.5:
+                found = _laid(stack, _Piece(part.total, part.weight, part.odd, part.odd_weight), canvas)
+                best = int(found.score.argmax())
+                step = found.place[best]
+                chance[run] = float(np.exp(found.score[best] - np.logaddexp.reduce(found.score)))
+                inside = (np.abs(place[run] + step) < np.array(stack.shape) // 2 - 2).all()
+                if found.score[best] > -1e5 and np.abs(step).max() > 1.5 and inside:
+                    changed = True
+                    for k in run:
+                        fits[k] = fits[k]._replace(place=fits[k].place + step)
+            for k in used:
+                canvas.add(stack, k, fits[k].place)
         if not changed:
             break
     return chance
@@ -825,6 +846,7 @@ def _slope(canvas: _Canvas, mean: Thin, whole: Floats, part: Floats, shape: tupl
 
 def _blocks_alike(view: Thin, seen: Thin, used: Thin) -> float:
     """Part of an 8 x 8 grid of blocks in which the view has at least 0.3 of the strength of what is expected."""
+
     def blocks(field_: Thin) -> Floats:
         rows, columns = (np.linspace(0, size, 9).astype(int)[:-1] for size in field_.shape)
         return np.asarray(np.add.reduceat(np.add.reduceat(field_, rows, axis=0), columns, axis=1), dtype=np.float64)
@@ -944,7 +966,9 @@ def average(
     """
     n, shape = _checked(frames)
     if n != len(registration) or shape != registration.shape:
-        raise InputError(f"the registration is of {len(registration)} frames of {registration.shape} px; got {n} of {shape}.")
+        raise InputError(
+            f"the registration is of {len(registration)} frames of {registration.shape} px; got {n} of {shape}."
+        )
     lines = np.zeros((n, shape[0]))
     if line_shift is not None:
         lines = np.array(np.broadcast_to(np.asarray(line_shift, dtype=np.float64), lines.shape))
@@ -978,7 +1002,9 @@ def placed(frame: Floats, shift: Floats, line_shift: Floats | None = None) -> tu
     seen = np.ones(frame.shape)
     if not finite.all():
         hole = ndimage.binary_dilation(~finite, np.ones((5, 5), bool)).astype(np.float64)
-        hole = np.stack([ndimage.shift(line, -a, order=1, mode="nearest") for line, a in zip(hole, across, strict=True)])
+        hole = np.stack(
+            [ndimage.shift(line, -a, order=1, mode="nearest") for line, a in zip(hole, across, strict=True)]
+        )
         seen = (ndimage.shift(hole, (-float(shift[0]), 0), order=1, mode="nearest") < 0.01).astype(np.float64)
     # pixel x of the answer is pixel x + shift of the frame
     x = np.arange(columns)[None, :] + across[:, None]
