@@ -274,12 +274,12 @@ def _paired(growing: _Growing, place: Floats, variance: Floats, k: int, step: fl
     n = len(place)
     graph = sparse.coo_matrix((np.ones(len(i)), (i, n + j)), shape=(n + len(since),) * 2)
     group = sparse.csgraph.connected_components(graph, directed=False)[1][i]
+    single = np.bincount(group)[group] == 1  # most: one column, one track, nothing to choose
+    own[i[single]] = j[single]
+    i, j, cost, group = i[~single], j[~single], cost[~single], group[~single]
     order = np.argsort(group, kind="stable")
-    for part in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
-        if len(part) == 1:
-            own[i[part[0]]] = j[part[0]]
-        elif len(part):
-            _solve(i[part], j[part], cost[part], alone, own)
+    for part in np.split(order, np.flatnonzero(np.diff(group[order])) + 1) if len(order) else ():
+        _solve(i[part], j[part], cost[part], alone, own)
     return own
 
 

@@ -79,7 +79,7 @@ def fingerprints(
 
     Returns
     -------
-    (n, 48) float32 in deviations at about 1e4 e/A^2; rows are NaN where the disc leaves the image.
+    (n, 48) float32, in deviations of what they were learned from; rows are NaN where the disc leaves the image.
 
     Raises
     ------
@@ -196,7 +196,8 @@ def scatter(vectors: NDArray[Any], group: NDArray[Any]) -> float:
     """How far equal surroundings of one image lie apart, in units of the fingerprints' own deviation.
 
     The median over all places of the mean squared deviation from the median of the group (its sublattice): most places
-    of a crystal are perfect. 1 is the noise the fingerprints were made white for (1e4 e/A^2); NaN rows do not count.
+    of a crystal are perfect. 1 is the scatter they were made white for (1e4 e/A^2 and small errors of place and
+    scale); NaN rows do not count.
 
     >>> scatter(np.random.default_rng(0).normal(0, 2, (500, 64)), np.zeros(500)).__round__(1)
     2.0

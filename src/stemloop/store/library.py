@@ -47,6 +47,8 @@ _FIELDS = (
 )
 #: New vectors are compared one by one until there are more than this, and a tenth of the indexed ones.
 _LOOSE = 20_000
+#: Equal surroundings differ in about so many directions only (tr(C)^2 / tr(C^2) of their covariance C is 5 to 16).
+_FREEDOM = 8
 
 
 @dataclass(frozen=True)
@@ -160,13 +162,14 @@ class Library:
         self._loose = _Loose.empty(self.dimension)
 
     def _open(self, dimension: int, scale: str) -> None:
-        with self._writing():
-            if self._base.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
-                for statement in _SCHEMA.split(";"):
-                    self._base.execute(statement)
-                about = {"format": _FORMAT, "name": uuid.uuid4().hex, "dimension": str(dimension), "scale": scale}
-                self._base.executemany("INSERT INTO about VALUES (?, ?)", about.items())
-        sync_folder(self.path.parent)
+        if self._is_empty():  # only then a lock is taken: readers of a known library wait for nobody
+            with self._writing():
+                if self._is_empty():
+                    for statement in _SCHEMA.split(";"):
+                        self._base.execute(statement)
+                    about = {"format": _FORMAT, "name": uuid.uuid4().hex, "dimension": str(dimension), "scale": scale}
+                    self._base.executemany("INSERT INTO about VALUES (?, ?)", about.items())
+            sync_folder(self.path.parent)
         try:
             about = dict(self._base.execute("SELECT name, value FROM about"))
         except sqlite3.OperationalError:
@@ -174,6 +177,9 @@ class Library:
         if about.get("format") != _FORMAT:
             raise UnreadableFile(f"{self.path} is an SQLite file, but not a library of structural elements.")
         self.name, self.dimension, self.scale = about["name"], int(about["dimension"]), about["scale"]
+
+    def _is_empty(self) -> bool:
+        return not self._base.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
 
     def __enter__(self) -> Library:
         return self
@@ -480,8 +486,10 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 def same(distance: float, scatter: float, other_scatter: float, dimension: int) -> float:
     """Share of pairs of equal surroundings that lie at least ``distance`` apart, where both deviate by their image's
-    scatter."""
-    return float(special.gammaincc(dimension / 2, distance**2 / (scatter**2 + other_scatter**2) / 2))
+    scatter: the upper tail of chi-square, scaled to the scatter and with the few degrees of freedom that it has."""
+    freedom = min(_FREEDOM, dimension)
+    ratio = distance**2 / (dimension * (scatter**2 + other_scatter**2))
+    return float(special.gammaincc(freedom / 2, freedom / 2 * ratio))
 
 
 def _match(entry: Entry, distance: float, scatter: float, dimension: int) -> Match:
