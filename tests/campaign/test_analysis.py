@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +39,12 @@ def crystal(seed=0, side=112, dose=5e4):
     return layout, pictures.counted(pictures.mean_image(layout, dose), rng)
 
 
-def stack(count=6, side=96, bad=(3,), seed=0):
+def stack(count=6, side=160, bad=(3,), seed=0):
     """Frames of a drifting crystal, with blank frames; and the shifts."""
     rng = np.random.default_rng(seed)
     layout = pictures.layout("SrTiO3[001]", (side, side), PIXEL_PM, 0.1, margin=-20)
-    layout = pictures.without(layout, 0.1, 1, rng)
+    uneven = layout.weight * rng.uniform(0.75, 1.25, len(layout.weight))  # tells a shift from a lattice vector
+    layout = pictures.without(replace(layout, weight=uneven), 0.03, 1, rng)
     shift = np.cumsum(rng.normal(0, 0.5, (count, 2)), axis=0)
     made = np.array([pictures.counted(pictures.mean_image(layout, 1e4, shift=tuple(s)), rng) for s in shift])
     made[list(bad)] = 0
@@ -210,6 +212,7 @@ def test_a_killed_analysis_goes_on_and_ends_with_the_same_bytes(moving, tmp_path
     assert sums(out) == sums(folder / "out")
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_takes_one_frame_along(tmp_path, monkeypatch):
     made, _ = stack(3, bad=())
     np.save(tmp_path / "stack.npy", made)
