@@ -354,7 +354,7 @@ class _Run:
             self.tell("averaging", 0, 1)
             averaged = self.once("average", lambda: average(usable, registration))
             self.tell("averaging", 1, 1)
-        if averaged is not None:
+        if registration is not None and averaged is not None:
             averaged = self._straight(usable, registration, averaged)
         if averaged is None:
             first = next(k for k in range(count) if k not in bad)
