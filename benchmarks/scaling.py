@@ -82,7 +82,7 @@ def simulated(durations: list[float], workers: int, tasks: int) -> dict[str, flo
         distributed.wait(client.map(time.sleep, [0.01] * workers, key="warm"))
         sleeps = [durations[k % len(durations)] for k in range(tasks)]
         began = time.perf_counter()
-        distributed.wait([client.submit(time.sleep, s, key=f"frame-{k}", pure=False) for k, s in enumerate(sleeps)])
+        distributed.wait([client.submit(time.sleep, s, key=("frame", k), pure=False) for k, s in enumerate(sleeps)])
         wall = time.perf_counter() - began
     return {"workers": workers, "tasks": tasks, "wall_s": wall, "efficiency": sum(sleeps) / (workers * wall)}
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +39,12 @@ def crystal(seed=0, side=112, dose=5e4):
     return layout, pictures.counted(pictures.mean_image(layout, dose), rng)
 
 
-def stack(count=6, side=96, bad=(3,), seed=0):
+def stack(count=6, side=160, bad=(3,), seed=0):
     """Frames of a drifting crystal, with blank frames; and the shifts."""
     rng = np.random.default_rng(seed)
     layout = pictures.layout("SrTiO3[001]", (side, side), PIXEL_PM, 0.1, margin=-20)
-    layout = pictures.without(layout, 0.1, 1, rng)
+    uneven = layout.weight * rng.uniform(0.75, 1.25, len(layout.weight))  # tells a shift from a lattice vector
+    layout = pictures.without(replace(layout, weight=uneven), 0.03, 1, rng)
     shift = np.cumsum(rng.normal(0, 0.5, (count, 2)), axis=0)
     made = np.array([pictures.counted(pictures.mean_image(layout, 1e4, shift=tuple(s)), rng) for s in shift])
     made[list(bad)] = 0
@@ -210,8 +212,9 @@ def test_a_killed_analysis_goes_on_and_ends_with_the_same_bytes(moving, tmp_path
     assert sums(out) == sums(folder / "out")
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_takes_one_frame_along(tmp_path, monkeypatch):
-    made, _ = stack(3, side=64, bad=())
+    made, _ = stack(3, bad=())
     np.save(tmp_path / "stack.npy", made)
     frames.Job(str(tmp_path / "stack.npy"), None, frames.PixelSize(), frames.Wanted()).write(tmp_path)
     deadly = frames._Worker.does
@@ -273,6 +276,16 @@ def test_the_covered_part_has_half_of_the_frames_everywhere():
     image[30, 30] = np.nan
     part, corner = covered(image, weight)
     assert corner == (5, 0) and part.shape == (55, 66) and np.isfinite(part).all()
+
+
+@real
+def test_a_real_image_whose_metadata_are_wrong_is_flagged(tmp_path, capsys):
+    file = DATA / "haadf/SciLink/MoS2_stem_Exp-002-5.npy"  # its sidecar states a field 36 % too wide
+    assert cli.main(["analyze", str(file), "--material", "MoS2", "--out", str(tmp_path / "out")]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["pixel_size"] == {"nm": 0.01757812, "source": "sidecar", "trust": "refuted"}
+    assert summary["calibration"]["ratio"] == pytest.approx(1 / 1.36, abs=0.05)
+    assert "too large" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
@@ -378,3 +391,23 @@ def test_wrong_words_end_with_how_to_mend_them(tmp_path, monkeypatch, capsys, wo
 def test_options_that_mean_nothing_are_refused(tmp_path, words):
     with pytest.raises(InputError):
         analyze(np.ones((64, 64)), tmp_path / "out", **words)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_very_large_image(tmp_path, capsys):
+    """8192 x 8192 px of one crystal, from a tile that repeats after whole cells."""
+    across = 1024 / 39  # px a cell: a tile of 1024 px is 39 cells wide
+    plane = pictures.PLANES["SrTiO3[001]"]
+    tile = pictures.layout(plane, (1024 + 64, 1024 + 64), 390.5 / across, margin=-20)
+    mean = pictures.mean_image(tile, 2e4)[32:-32, 32:-32]
+    rng = np.random.default_rng(0)
+    image = np.empty((8192, 8192), np.uint16)
+    for top in range(0, 8192, 1024):
+        for left in range(0, 8192, 1024):
+            image[top : top + 1024, left : left + 1024] = rng.poisson(mean)
+    status, _, err = run(tmp_path, capsys, image, "--pixel-nm", str(0.3905 / across))
+    assert status == 0, err
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["columns"] > 0.98 * 2 * (8 * 39) ** 2
+    assert (tmp_path / "out" / "report.html").stat().st_size < 20e6

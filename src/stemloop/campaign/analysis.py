@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,9 @@ from stemloop.campaign.remembering import Remembered
 from stemloop.core.errors import InputError, StemloopError, StorageError, from_code
 from stemloop.core.protocols import PixelSize
 from stemloop.store.stack import Stack, open_stack
+
+if TYPE_CHECKING:
+    from stemloop.reduce.register import Averaged, Registration
 
 T = TypeVar("T")
 #: Called with (step, done, of how many).
@@ -351,6 +354,8 @@ class _Run:
             self.tell("averaging", 0, 1)
             averaged = self.once("average", lambda: average(usable, registration))
             self.tell("averaging", 1, 1)
+        if registration is not None and averaged is not None:
+            averaged = self._straight(usable, registration, averaged)
         if averaged is None:
             first = next(k for k in range(count) if k not in bad)
             self.notes.append(f"the frames were not averaged; frame {first} is shown.")
@@ -372,6 +377,25 @@ class _Run:
         self._moved(analysis, frame_time_s)
         analysis.left_out = [*self.left_out, *found.left_out]
         return analysis
+
+    def _straight(self, usable: _Usable, registration: Registration, averaged: Averaged) -> Averaged:
+        """The average with its scan lines set straight, where they wander."""
+        from stemloop.reduce.register import average
+        from stemloop.reduce.scanlines import line_shifts
+
+        self.tell("scan lines", 0, 1)
+        lines = self.once("scan_lines", lambda: line_shifts(usable, registration, mean=averaged.image))
+        self.tell("scan lines", 1, 1)
+        if lines is None or not lines.wander > 0:
+            return averaged
+        straight = self.once("straight_average", lambda: average(usable, registration, line_shift=lines.shift))
+        if straight is None:
+            return averaged
+        self.notes.append(
+            f"scan lines wander by {lines.wander:.2g} px along x; the average was made of straightened lines (the "
+            "columns of single frames were not)."
+        )
+        return straight
 
     def _moved(self, analysis: Analysis, frame_time_s: float | None) -> None:
         """Columns linked over the frames."""

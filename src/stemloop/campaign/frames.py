@@ -295,7 +295,7 @@ def on_dask(folder: Path, numbers: Sequence[int], tell: Tell, workers: int, sche
             scheduler = stack.enter_context(cluster)
         client = stack.enter_context(distributed.Client(scheduler))
         where = str(folder.absolute())
-        tasks = {client.submit(_task, where, k, key=f"{where}-{k}", pure=False, retries=1): k for k in numbers}
+        tasks = {client.submit(_task, where, k, key=(where, k), pure=False, retries=1): k for k in numbers}
         for task in distributed.as_completed(list(tasks)):
             k = tasks[task]
             if task.status != "finished" and not done(folder, k):

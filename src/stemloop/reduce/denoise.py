@@ -77,7 +77,9 @@ def denoise(
         mean = repeated(level, moves, width)
     else:
         mean = _nonlocal(level, width, float(np.linalg.norm(moves[0])) if len(moves) else 0.0)
-    return _kept(pixels, limited(restored(mean, noise), width), noise, width)
+    level = restored(mean, noise)
+    level *= pixels.mean() / level.mean() if level.mean() > 0 and pixels.mean() > 0 else 1.0
+    return _kept(pixels, limited(level, width), noise, width)
 
 
 def _checked(image: NDArray[Any]) -> Floats:

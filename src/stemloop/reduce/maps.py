@@ -27,8 +27,8 @@ class MapRegistration:
     matrix, matrix_sigma : (2, 2). offset, offset_sigma : (2,) [px of the image], of the map's pixel (0, 0). sigma are
         1-sigma deviations. correlation : between the map and the image as the map would show it, -1 to 1 (negative
         where one is dark where the other is bright). rival : the best correlation of any other place, in size;
-        z_score : the correlation over its deviation by chance; log_odds : how much likelier [natural logarithm] this place
-        is than the rival. Both count neighbouring residuals that go together as one, and so do the deviations.
+        z_score : the correlation over its deviation by chance; log_odds : how much likelier [natural logarithm] this
+        place is than the rival. Both count neighbouring residuals that go together as one, and so do the deviations.
     """
 
     matrix: Floats
@@ -97,7 +97,9 @@ def register_to_map(
     else:
         ratio = np.array(np.broadcast_to(np.asarray(pixel_ratio, dtype=np.float64), 2))
     if not (ratio > 0.5).all():
-        raise InputError(f"the image should be finer than the map; got {ratio.tolist()} pixels of it a pixel of the map.")
+        raise InputError(
+            f"the image should be finer than the map; got {ratio.tolist()} pixels of it a pixel of the map."
+        )
     found = _searched(picture, chart, ratio, turn_rad, scale_doubt)
     return _refined(picture, chart, ratio, found)
 
@@ -141,9 +143,7 @@ class _Found(NamedTuple):
     rival: float
 
 
-def _searched(
-    picture: Floats, chart: Floats, ratio: Floats, turn: float, doubt: float
-) -> _Found:
+def _searched(picture: Floats, chart: Floats, ratio: Floats, turn: float, doubt: float) -> _Found:
     """The best of all places, turns and scales, to about half a pixel of the map."""
     soft = _blurred(picture, ratio)
     step = np.maximum(ratio / _FINE, 1.0)
@@ -199,13 +199,13 @@ def _correlated(view: Floats, chart: Floats, matrix: Floats, step: Floats) -> Fl
     first, second = slide(level, inside), slide(level**2, inside)
     one, two = slide(np.ones_like(view), shown), slide(np.ones_like(view), shown**2)
     spread = np.maximum(second - first**2 / many, 0) * np.maximum(two - one**2 / many, 0)
-    value = (slide(level, shown) - first * one / many) / np.sqrt(np.maximum(spread, 1e-12 * max(float(spread.max()), 1e-300)))
+    value = (slide(level, shown) - first * one / many) / np.sqrt(
+        np.maximum(spread, 1e-12 * max(float(spread.max()), 1e-300))
+    )
     return np.where(enough, value, 0.0)
 
 
-def _refined(
-    picture: Floats, chart: Floats, ratio: Floats, found: _Found
-) -> MapRegistration:
+def _refined(picture: Floats, chart: Floats, ratio: Floats, found: _Found) -> MapRegistration:
     """Least squares of the map's pixels in matrix, offset, brightness and level."""
     soft = _blurred(picture, ratio)
     coefficients = ndimage.spline_filter(soft, order=3, mode="nearest")

@@ -27,9 +27,25 @@ from scipy import fft, ndimage
 
 from stemloop.core.errors import InputError
 from stemloop.core.protocols import Frames
-from stemloop.reduce.maps import MapRegistration as MapRegistration
-from stemloop.reduce.maps import register_to_map as register_to_map
+from stemloop.reduce.maps import MapRegistration, register_to_map
 from stemloop.reduce.shifting import REACH, moved
+
+__all__ = [
+    "Averaged",
+    "MapRegistration",
+    "Reference",
+    "Registration",
+    "Shift",
+    "View",
+    "along_lines",
+    "average",
+    "placed",
+    "register",
+    "register_to_map",
+    "shift_of",
+    "view_of",
+    "view_shape",
+]
 
 Floats = NDArray[np.float64]
 Thin = NDArray[np.float32]
@@ -44,6 +60,8 @@ _JUMP = 0.01
 _OVERLAP = 0.25
 _MOST_CANDIDATES = 48
 _ROUNDS = 3
+#: With more jumps than this frames are only asked one by one.
+_MOST_RUNS = 40
 
 
 class View(NamedTuple):
@@ -332,8 +350,8 @@ def _flattened(view: Thin) -> Thin:
 
 
 def _taper(size: int) -> Thin:
-    """One, falling to zero over an eighth of the length at either end as a raised cosine."""
-    width = max(1, size // 8)
+    """One, falling to zero over a quarter of the length at either end as a raised cosine."""
+    width = max(1, size // 4)
     rise = 0.5 - 0.5 * np.cos(np.pi * (np.arange(width) + 0.5) / width)
     line = np.ones(size, dtype=np.float32)
     line[:width], line[-width:] = rise, rise[::-1]
@@ -362,8 +380,8 @@ def _between_spots(power: Floats, noise: float) -> Thin:
     radius = np.hypot(rows, columns)
     strong = spots & (power > 8 * noise)
     edge = float(radius[strong].max()) if strong.any() else 0.3
-    soft = np.exp(-((radius / max(0.5 * edge, 0.06)) ** 2))
-    return (soft * ~ndimage.binary_dilation(spots, np.ones((3, 3), bool))).astype(np.float32)
+    soft = np.exp(-((radius / max(0.9 * edge, 0.06)) ** 2))
+    return (soft * ~ndimage.binary_dilation(spots, np.ones((5, 5), bool))).astype(np.float32)
 
 
 def _still(flat: Thin, taper: Thin) -> Thin:
@@ -469,59 +487,56 @@ class _Candidates(NamedTuple):
     score: Floats
 
 
-class _Target(NamedTuple):
-    """Spectra of a canvas, ready for correlations."""
+class _Piece(NamedTuple):
+    """What is laid onto a canvas, a view or several that were summed: ``flat`` and ``flat_weight`` the sums of views
+    and their number, ``odd`` and ``odd_weight`` the same of odd things."""
 
-    mean: NDArray[Any]
-    square: NDArray[Any]
-    there: NDArray[Any]
-    odd: NDArray[Any]
-    odd_square: NDArray[Any]
-
-
-def _target(stack: _Stack, canvas: _Canvas) -> _Target:
-    mean, there = canvas.mean(stack.noise)
-    shrink = canvas.odd / (canvas.odd_weight.clip(0) + np.float32(1 / stack.odd_signal))
-    fields = (mean, mean**2, there, shrink, shrink**2)
-    return _Target(*(np.conj(fft.rfft2(f)) for f in fields))
+    flat: Thin
+    flat_weight: Thin
+    odd: Thin
+    odd_weight: Thin
 
 
-def _candidates(stack: _Stack, k: int, canvas: _Canvas, target: _Target | None = None) -> _Candidates:
+def _candidates(stack: _Stack, k: int, canvas: _Canvas) -> _Candidates:
     """All places where view ``k`` fits the canvas as well as anywhere, with what the odd things say of each."""
-    rows, columns = stack.shape
-    wide = (2 * rows, 2 * columns)
-    goal = target or _target(stack, canvas)
-
-    def lay(view: Thin) -> NDArray[Any]:
-        field_ = np.zeros(wide, dtype=np.float32)
-        field_[: view.shape[0], : view.shape[1]] = view
-        return np.asarray(fft.rfft2(field_))
-
     inner = np.zeros(stack.shape, dtype=np.float32)
-    inner[_RIM : rows - _RIM, _RIM : columns - _RIM] = 1
-    view = stack.flat[k] * inner
-    flat, square, one = lay(view), lay(view**2), lay(inner)
-    odd, taper = lay(stack.odd[k] * stack.taper), lay(stack.taper**2)
+    inner[_RIM:-_RIM, _RIM:-_RIM] = 1
+    piece = _Piece(stack.flat[k] * inner, inner, stack.odd[k] * stack.taper, stack.taper**2)
+    return _laid(stack, piece, canvas)
+
+
+def _laid(stack: _Stack, piece: _Piece, canvas: _Canvas) -> _Candidates:
+    """All places where a piece (as large as a view, or as a canvas) fits as well as anywhere."""
+    rows, columns = stack.shape
+    whole = piece.flat.shape == stack.shape
+    wide = (2 * rows, 2 * columns) if whole else (4 * rows, 4 * columns)
+    mean, there = canvas.mean(stack.noise)
+    odd = canvas.odd / (canvas.odd_weight.clip(0) + np.float32(1 / stack.odd_signal))
+
+    def lay(field_: Thin) -> NDArray[Any]:
+        return np.asarray(fft.rfft2(field_, wide))
+
+    seen = (piece.flat_weight > 0.5).astype(np.float32)
+    view = piece.flat / np.maximum(piece.flat_weight, 1)
+    one, goal_there = lay(seen), np.conj(lay(there))
 
     def across(spectrum: NDArray[Any], other: NDArray[Any]) -> Floats:
-        """Sum over p of view(p) canvas(p + half - s), for s from -half on."""
-        got = fft.irfft2(spectrum * other, wide)
-        return np.asarray(got, dtype=np.float64)
+        """Sum over p of piece(p) canvas(p + half - s), for s from -half on."""
+        return np.asarray(fft.irfft2(spectrum * other, wide), dtype=np.float64)
 
-    overlap = across(one, goal.there) / float(inner.sum())
-    energy = np.maximum(across(one, goal.square), 1e-12) * np.maximum(across(square, goal.there), 1e-12)
-    alike = np.where(overlap > _OVERLAP, across(flat, goal.mean) / np.sqrt(energy), -1.0)
-    told = (across(odd, goal.odd) - 0.5 * across(taper, goal.odd_square)) / stack.noise
-    order, shift = _lags(stack.shape)
-    alike, overlap, told = (m[order] for m in (alike, overlap, told))
+    overlap = across(one, goal_there) / max(float(seen.sum()), 1.0)
+    energy = np.maximum(across(one, np.conj(lay(mean**2))), 1e-12) * np.maximum(across(lay(view**2), goal_there), 1e-12)
+    alike = np.where(overlap > _OVERLAP, across(lay(view), np.conj(lay(mean))) / np.sqrt(energy), -1.0)
+    told = across(lay(piece.odd), np.conj(lay(odd))) - 0.5 * across(lay(piece.odd_weight), np.conj(lay(odd**2)))
+    order, shift = _lags(stack.shape, 0 if not whole else 1)
+    alike, overlap, told = (m[order] for m in (alike, overlap, told / stack.noise))
     peaks = (alike == ndimage.maximum_filter(alike, size=3, mode="constant", cval=-1)) & (alike > 0)
     if not peaks.any():
         return _Candidates(np.zeros((1, 2)), np.array([-1e6]))
     best = float(alike[peaks].max())
     # the deviation of a correlation over N independent pixels is (1 - rho^2) / sqrt(N)
-    doubt = (1 - best**2) / np.sqrt(overlap.clip(_OVERLAP) * rows * columns) + 0.02 * best
-    worse = np.maximum((best - alike) / doubt - 1.5, 0) ** 2 / 2
-    worse = np.where(peaks, worse, np.inf)
+    doubt = (1 - best**2) / np.sqrt(overlap.clip(_OVERLAP) * rows * columns) + 0.05 * best
+    worse = np.where(peaks, np.maximum((best - alike) / doubt - 1.5, 0) ** 2 / 2, np.inf)
     score = told - worse
     rank = np.flatnonzero(worse < 60)
     rank = rank[np.argsort(score.flat[rank])[::-1][:_MOST_CANDIDATES]]
@@ -530,13 +545,14 @@ def _candidates(stack: _Stack, k: int, canvas: _Canvas, target: _Target | None =
     return _Candidates(place, score.flat[rank])
 
 
-def _lags(shape: tuple[int, int]) -> tuple[Any, tuple[Floats, Floats]]:
-    """How to order a circular correlation so that shifts run upwards, and the shifts of rows and columns."""
+def _lags(shape: tuple[int, int], halves: int) -> tuple[Any, tuple[Floats, Floats]]:
+    """How to order a circular correlation so that shifts run upwards, and the shifts of rows and columns; the canvas
+    begins ``halves`` half views before the piece."""
     lists, shifts = [], []
     for size in shape:
         shift = np.arange(-(size // 2) + 1, size // 2)
-        # view(p) sits at canvas p - s + half: the lag of the correlation is s - half
-        lists.append((shift - size // 2) % (2 * size))
+        # piece(p) sits at canvas p - s + half: the lag of the correlation is s - half
+        lists.append((shift - halves * (size // 2)) % ((2 if halves else 4) * size))
         shifts.append(shift.astype(np.float64))
     return np.ix_(*lists), (shifts[0], shifts[1])
 
@@ -558,9 +574,11 @@ def _vertex(field_: Floats, at: NDArray[np.int64]) -> Floats:
 
 
 def _prior(away: Floats, width: Floats, shape: tuple[int, int]) -> Floats:
-    """Log-density of a step that is ``away`` (m, 2) from the expected one: drift on, or jump anywhere."""
+    """Log-density of a step that is ``away`` (m, 2) from the expected one: drift on, or jump, by any order of
+    magnitude alike."""
     drift = np.exp(-0.5 * ((away / width) ** 2).sum(axis=1)) / (2 * np.pi * width.prod())
-    return np.asarray(np.log((1 - _JUMP) * drift + _JUMP / (shape[0] * shape[1])))
+    jump = 1 / (np.pi * ((away**2).sum(axis=1) + 4) * np.log(1 + max(shape) ** 2 / 4))
+    return np.asarray(np.log((1 - _JUMP) * drift + _JUMP * jump))
 
 
 # ------------------------------------------------------------------------------------------------------ the answers
@@ -597,7 +615,9 @@ def _grown(stack: _Stack, tell: Callable[[int], None]) -> Floats:
 def _typical(stack: _Stack) -> int:
     """The view nearest to the middle of the stack that is neither much fainter nor much stronger than most."""
     strength = np.array([float((v**2).mean()) for v in stack.flat])
-    usual = np.abs(strength / np.median(strength) - 1) <= max(0.15, float(np.quantile(np.abs(strength / np.median(strength) - 1), 0.5)))
+    usual = np.abs(strength / np.median(strength) - 1) <= max(
+        0.15, float(np.quantile(np.abs(strength / np.median(strength) - 1), 0.5))
+    )
     order = np.argsort(np.abs(np.arange(len(stack)) - len(stack) // 2), kind="stable")
     return int(next(k for k in order if usual[k]))
 
@@ -617,17 +637,16 @@ def _fits(stack: _Stack, k: int, canvas: _Canvas, place: Floats) -> bool:
     return float((view * seen).sum()) > float((seen**2 * (known > 0.9)).sum()) / 3
 
 
-def _agreed(
-    stack: _Stack, place: Floats, tell: Callable[[int], None]
-) -> tuple[list[_Fit], Floats, _Canvas]:
+def _agreed(stack: _Stack, place: Floats, tell: Callable[[int], None]) -> tuple[list[_Fit], Floats, _Canvas]:
     """All views asked again against all others, weighed along the chain, and refined."""
     n = len(stack)
     chance = np.ones(n)
     fits = [_Fit(p, np.full(2, np.nan), 1.0, 1.0) for p in place]
+    whole = np.ones(n)
     canvas = _summed(stack, fits)
-    moved = True
     for turn in range(_ROUNDS):
-        if turn == 0 or (turn < _ROUNDS - 1 and moved):
+        places = [fit.place for fit in fits]
+        if turn < _ROUNDS - 1:
             found = []
             for k in range(n):
                 with _Without(stack, canvas, k, fits[k]):
@@ -635,16 +654,74 @@ def _agreed(
                 tell(turn * n + k + 1)
             chosen, chance = _chained(found, stack.shape)
             places = [found[k].place[chosen[k]] for k in range(n)]
-            moved = max(float(np.abs(p - fit.place).max()) for p, fit in zip(places, fits, strict=True)) > 1.5
         else:
-            places = [fit.place for fit in fits]
+            _stragglers(stack, fits, canvas, places)
         old, fits = fits, []
         for k in range(n):
             with _Without(stack, canvas, k, old[k]):
                 fits.append(_refined(stack, k, canvas, places[k]))
+        if turn == 0:
+            whole = _joined(stack, fits)
         canvas = _summed(stack, fits)
     tell(_ROUNDS * n)
-    return fits, chance, canvas
+    return fits, chance * whole, canvas
+
+
+def _joined(stack: _Stack, fits: list[_Fit]) -> Floats:
+    """Runs of frames between jumps, each asked as a whole against all others and put where it belongs: what one frame
+    leaves open its run may tell. ``fits`` is changed; (n,) the probability of each frame's run."""
+    chance = np.ones(len(fits))
+    for _ in range(2):
+        place = np.array([fit.place for fit in fits])
+        runs = _runs(place)
+        if len(runs) > _MOST_RUNS:
+            break
+        canvas, changed = _summed(stack, fits), False
+        for run in sorted(runs, key=len)[: len(runs) - 1]:
+            used = [k for k in run if not _mismatch(fits[k], stack)]
+            part = _Canvas.empty(stack.shape)
+            for k in used:
+                part.add(stack, k, fits[k].place)
+                canvas.add(stack, k, fits[k].place, -1.0)
+            if used and canvas.weight.max() > 0.5:
+                found = _laid(stack, _Piece(part.total, part.weight, part.odd, part.odd_weight), canvas)
+                best = int(found.score.argmax())
+                step = found.place[best]
+                chance[run] = float(np.exp(found.score[best] - np.logaddexp.reduce(found.score)))
+                inside = (np.abs(place[run] + step) < np.array(stack.shape) // 2 - 2).all()
+                if found.score[best] > -1e5 and np.abs(step).max() > 1.5 and inside:
+                    changed = True
+                    for k in run:
+                        fits[k] = fits[k]._replace(place=fits[k].place + step)
+            for k in used:
+                canvas.add(stack, k, fits[k].place)
+        if not changed:
+            break
+    return chance
+
+
+def _stragglers(stack: _Stack, fits: list[_Fit], canvas: _Canvas, places: list[Floats]) -> None:
+    """A view alone away from both its neighbours, which stay together, may be one of which a part is lost: if it also
+    fits, in part, where they are, that is its place."""
+    for k in range(1, len(fits) - 1):
+        before, after = fits[k - 1].place, fits[k + 1].place
+        near = (before + after) / 2
+        if np.abs(after - before).max() > 2 or np.abs(fits[k].place - near).max() < 4:
+            continue
+        fit = _refined(stack, k, canvas, near)
+        if fit.strength > 0.2 and fit.alike > 0.2 and np.abs(fit.place - near).max() < 2:
+            places[k] = near
+
+
+def _runs(place: Floats) -> list[list[int]]:
+    """Numbers of views (n, 2) in runs that no jump interrupts."""
+    step = np.diff(place, axis=0)
+    if not len(step):
+        return [[0]]
+    middle = np.median(step, axis=0)
+    width = np.median(np.abs(step - middle), axis=0) / 0.6745
+    jumps = (np.abs(step - middle) > np.maximum(6 * width, 2.0)).any(axis=1)
+    return [part.tolist() for part in np.split(np.arange(len(place)), np.flatnonzero(jumps) + 1)]
 
 
 class _Without:
@@ -752,7 +829,7 @@ def _evened(residual: Thin, seen: Thin, used: Thin) -> Thin:
     """Weights (mean about 1) that even out noise which grows with brightness: its variance as a line in ``seen``."""
     count = max(float(used.sum()), 1.0)
     square = residual**2
-    middle = float(square.sum()) / count
+    middle = max(float(square.sum()) / count, 1e-30)
     level = float((seen * used).sum()) / count
     away = (seen - level) * used
     slope = max(float((away * square).sum()) / max(float((away**2).sum()), 1e-30), 0.0)
@@ -769,6 +846,7 @@ def _slope(canvas: _Canvas, mean: Thin, whole: Floats, part: Floats, shape: tupl
 
 def _blocks_alike(view: Thin, seen: Thin, used: Thin) -> float:
     """Part of an 8 x 8 grid of blocks in which the view has at least 0.3 of the strength of what is expected."""
+
     def blocks(field_: Thin) -> Floats:
         rows, columns = (np.linspace(0, size, 9).astype(int)[:-1] for size in field_.shape)
         return np.asarray(np.add.reduceat(np.add.reduceat(field_, rows, axis=0), columns, axis=1), dtype=np.float64)
@@ -888,7 +966,9 @@ def average(
     """
     n, shape = _checked(frames)
     if n != len(registration) or shape != registration.shape:
-        raise InputError(f"the registration is of {len(registration)} frames of {registration.shape} px; got {n} of {shape}.")
+        raise InputError(
+            f"the registration is of {len(registration)} frames of {registration.shape} px; got {n} of {shape}."
+        )
     lines = np.zeros((n, shape[0]))
     if line_shift is not None:
         lines = np.array(np.broadcast_to(np.asarray(line_shift, dtype=np.float64), lines.shape))
@@ -922,7 +1002,9 @@ def placed(frame: Floats, shift: Floats, line_shift: Floats | None = None) -> tu
     seen = np.ones(frame.shape)
     if not finite.all():
         hole = ndimage.binary_dilation(~finite, np.ones((5, 5), bool)).astype(np.float64)
-        hole = np.stack([ndimage.shift(line, -a, order=1, mode="nearest") for line, a in zip(hole, across, strict=True)])
+        hole = np.stack(
+            [ndimage.shift(line, -a, order=1, mode="nearest") for line, a in zip(hole, across, strict=True)]
+        )
         seen = (ndimage.shift(hole, (-float(shift[0]), 0), order=1, mode="nearest") < 0.01).astype(np.float64)
     # pixel x of the answer is pixel x + shift of the frame
     x = np.arange(columns)[None, :] + across[:, None]

@@ -3,8 +3,8 @@
 Each line of a frame is compared with the same line of an image that does not share its displacement: the mean of all
 frames, or, for a single image of a crystal, the mean over the lattice's translations. Least squares give the line's own
 displacement with its deviation; lines between rows of atoms say little. How far lines wander and how long they remember
-it (a first-order autoregression) is fitted to all of them, and the displacements are smoothed accordingly (Kalman filter
-and Rauch-Tung-Striebel smoother; H. E. Rauch, F. Tung and C. T. Striebel, AIAA J. 3 (1965) 1445, doi:10.2514/3.3166).
+it (a first-order autoregression) is fitted to all of them, and the displacements are smoothed accordingly (Kalman
+filter and Rauch-Tung-Striebel smoother; H. E. Rauch, F. Tung and C. T. Striebel, AIAA J. 3 (1965) 1445, doi:10.2514/3.3166).
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def line_shifts(
     if registration is None:
         raise InputError("line shifts of a stack are measured against its average: give its registration.")
     if len(frames.shape) != 3 or len(frames) != len(registration) or tuple(frames.shape[1:]) != registration.shape:
-        raise InputError(f"the registration is of {len(registration)} frames of {registration.shape} px; got {frames.shape}.")
+        raise InputError(
+            f"the registration is of {len(registration)} frames of {registration.shape} px; got {frames.shape}."
+        )
     n, rows = len(frames), registration.shape[0]
     image = average(frames, registration).image if mean is None else np.asarray(mean, dtype=np.float64)
     known = np.isfinite(image)
@@ -123,7 +125,9 @@ def straightened(image: NDArray[Any], shift: NDArray[Any]) -> Floats:
 def _of_image(image: NDArray[Any]) -> LineShifts:
     """Against the mean over the lattice's translations that lead to other lines; twice, the image straightened."""
     if image.ndim != 2 or min(image.shape) < _SMALLEST or image.dtype.kind not in "biuf":
-        raise InputError(f"line shifts need an image (rows, columns) of at least {_SMALLEST} px a side; got {image.shape}.")
+        raise InputError(
+            f"line shifts need an image (rows, columns) of at least {_SMALLEST} px a side; got {image.shape}."
+        )
     pixels = image.astype(np.float64)
     if not np.isfinite(pixels).all():
         raise InputError("the image has pixels that are not finite; fill or crop them.")
@@ -142,7 +146,8 @@ def _of_image(image: NDArray[Any]) -> LineShifts:
         more, sigma = _against(straight, limited(seen, width), there)
         total = shift + more
         wander, memory = _habit(total[None], sigma[None])
-        sigma = np.hypot(sigma, wander / np.sqrt(len(moves)))  # the lines that were averaged wander, too
+        others = max(len(np.unique(np.rint(moves[:, 0] / (2 * width)))), 1)
+        sigma = np.hypot(sigma, wander / np.sqrt(others))  # the lines that were averaged wander, too
         shift, sigma = _smoothed(total, sigma, wander, memory)
         shift = shift - shift.mean()
     return LineShifts(shift, sigma, wander, memory)
