@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,7 +101,7 @@ class Layout:
 
     def take(self, kept: NDArray[np.bool_] | Integers) -> Layout:
         """The columns at ``kept``."""
-        parts = {n: getattr(self, n)[kept] for n in ("position", "site", "grain", "cell", "weight", "width")}
+        parts: dict[str, Any] = {n: getattr(self, n)[kept] for n in ("position", "site", "grain", "cell", "weight", "width")}
         return replace(self, **parts)
 
 
