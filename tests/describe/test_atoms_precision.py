@@ -22,7 +22,7 @@ def bound(weight, width, dose, pixel_pm, background=0.1):
 
 @cache
 def judged(dose, pixel_pm, seeds, size=512):
-    """Errors over the bound, and over the stated deviation, of each site; recalls, precisions; vacancies found, true."""
+    """Errors over the bound, and over the stated deviation, by site; recalls, precisions; vacancies found, true."""
     errors, pulls, recall, precision, vacancies = {0: [], 1: []}, [], [], [], []
     for seed in range(seeds):
         rng = np.random.default_rng(seed)
@@ -30,7 +30,8 @@ def judged(dose, pixel_pm, seeds, size=512):
         truth = pictures.jittered(pictures.without(plane, 0.01, 1, rng), 3.0, rng)
         found = find_columns(pictures.counted(pictures.mean_image(truth, dose), rng))
         width = 45 / pixel_pm
-        margin, reach = 8 * width, 0.3 * 276 / pixel_pm  # columns cut by the border, which no fit knows, reach inwards
+        # columns cut by the border, which no fit knows, reach inwards
+        margin, reach = 8 * width, 0.3 * 276 / pixel_pm
 
         def inner(place, margin=margin):
             return ((place > margin) & (place < size - 1 - margin)).all(axis=1)

@@ -114,13 +114,15 @@ def _searched(region: Region, raster: Raster, noise: Noise, scale: Scale) -> _Fo
     value: Floats = np.zeros((0, 4))
     background: Floats = np.full((2, 2), float(np.percentile(pixels[::4, ::4], 10)))
     soft = mean = filters.smooth(pixels, 0.5 * width)
+    spots: tuple[NDArray[np.int64], Floats] | None = None
     for _ in range(2):
         variance = noise.variance(mean)
         if scale.periodic:
             places, z = _peaks(pixels, soft, noise, width)
             places = places[z > excess * _threshold(raster.shape, width)]
         else:
-            places, _ = _spots(pixels, variance, width)
+            spots = _spots(pixels, variance, width)
+            places = spots[0]
         start = _start(soft, places[_present(region, places, width)], width, value)
         if len(start) == 0:
             return _nothing()
@@ -137,7 +139,11 @@ def _searched(region: Region, raster: Raster, noise: Noise, scale: Scale) -> _Fo
         pixels, _ = _data(region, mean, raster, noise)
         residual = filters.negative_laplacian(pixels - mean, width)
         excess = _spread(residual, variance, width)
-    return _finished(region, raster, noise, scale, value, background, width)
+    found = _finished(region, raster, noise, scale, value, background, width)
+    if spots is None or len(found.value) == 0:
+        return found
+    _, nearest = cKDTree(spots[0]).query(found.value[:, :2])
+    return found._replace(chance=spots[1][nearest])
 
 
 def _finished(

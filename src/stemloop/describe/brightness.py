@@ -7,6 +7,9 @@ from numpy.typing import NDArray
 
 from stemloop.describe.gaussians import Floats
 
+#: So many columns tell the classes as well as more would.
+_ENOUGH = 20000
+
 
 def sublattices(amplitude: Floats, most: int = 3) -> NDArray[np.int64]:
     """Sort columns into classes of brightness, 0 the brightest.
@@ -32,14 +35,16 @@ def sublattices(amplitude: Floats, most: int = 3) -> NDArray[np.int64]:
     chosen = np.zeros(n, dtype=np.int64)
     if n < 8 or np.ptp(amplitude) == 0:
         return chosen
-    best = -2 * float(_log_normal(amplitude, amplitude.mean(), amplitude.std()).sum()) + 2 * np.log(n)
+    some = amplitude[:: -(-n // _ENOUGH)]
+    best = -2 * float(_log_normal(some, some.mean(), some.std()).sum()) + 2 * np.log(len(some))
     for k in range(2, most + 1):
-        share, mean, spread, log_likelihood, member = _mixture(amplitude, k)
-        bic = -2 * log_likelihood + (3 * k - 1) * np.log(n)
+        share, mean, spread, log_likelihood = _mixture(some, k)
+        bic = -2 * log_likelihood + (3 * k - 1) * np.log(len(some))
         order = np.argsort(-mean)
         gap = -np.diff(mean[order])
         apart = np.sqrt(2) * gap / np.hypot(spread[order][1:], spread[order][:-1])
         if bic < best - 10 and apart.min() > 2 and share.min() > 0.05:
+            member = (np.log(share) + _log_normal(amplitude[:, None], mean, spread)).argmax(axis=1)
             best, chosen = bic, np.argsort(order)[member].astype(np.int64)
     return chosen
 
@@ -48,8 +53,8 @@ def _log_normal(x: Floats, mean: Floats | float, spread: Floats | float) -> Floa
     return np.asarray(-0.5 * ((x - mean) / spread) ** 2 - np.log(spread * np.sqrt(2 * np.pi)))
 
 
-def _mixture(x: Floats, k: int) -> tuple[Floats, Floats, Floats, float, NDArray[np.int64]]:
-    """Shares, means, deviations, log-likelihood and most likely class of a mixture of ``k`` Gaussians."""
+def _mixture(x: Floats, k: int) -> tuple[Floats, Floats, Floats, float]:
+    """Shares, means, deviations and log-likelihood of a mixture of ``k`` Gaussians."""
     mean = np.percentile(x, 100 * (np.arange(k) + 0.5) / k)
     for _ in range(20):  # k-means gives the start
         member = np.abs(x[:, None] - mean).argmin(axis=1)
@@ -72,4 +77,4 @@ def _mixture(x: Floats, k: int) -> tuple[Floats, Floats, Floats, float, NDArray[
         if log_likelihood - last < 1e-5 * len(x):
             break
         last = log_likelihood
-    return share, mean, spread, log_likelihood, density.argmax(axis=1)
+    return share, mean, spread, log_likelihood
