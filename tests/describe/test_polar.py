@@ -173,10 +173,10 @@ def test_the_place_of_a_vortex_is_known_as_well_as_it_says():
     pulls = []
     on = domains.inner(domains.displaced(domains.around))
     assignment = assignment_of(on)
-    for seed in range(20):
+    for seed in range(12):
         (core,) = vortices(polar(columns_of(on, seed=seed), assignment))
         pulls.append((core.place[0] - 199.5) / core.detail["sigma_px"])
-    assert 0.7 < np.std(pulls) < 1.4  # 40 numbers: a tenth, and a field that is not affine
+    assert 0.6 < np.std(pulls) < 1.5  # 24 numbers: a seventh, and a field that is not affine
 
 
 def test_the_width_of_a_wall_is_that_of_its_profile():

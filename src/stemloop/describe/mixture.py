@@ -72,18 +72,17 @@ def log_densities(points: Points, mixture: Mixture) -> Floats:
     return out
 
 
-def fitted(points: Points, member: Floats, steps: int = 40, spread: Floats | None = None) -> Mixture:
-    """Expectation maximisation from the probabilities ``member`` (n, k) of each point's class, at most ``steps``;
-    ``spread`` (d,) is where the spreads start."""
+def fitted(points: Points, member: Floats, steps: int = 40) -> Mixture:
+    """Expectation maximisation from the probabilities ``member`` (n, k) of each point's class."""
     known = np.isfinite(points.value)
     value, noise = np.where(known, points.value, 0.0), np.where(known, points.sigma, 1.0)
-    whole = np.array([v[m].std() if m.any() else 1.0 for v, m in zip(value.T, known.T, strict=True)]) + 1e-9
+    spread = np.array([v[m].std() if m.any() else 1.0 for v, m in zip(value.T, known.T, strict=True)]) + 1e-9
     middle = np.array([np.median(v[m]) if m.any() else 0.0 for v, m in zip(value.T, known.T, strict=True)])
     least = np.array([0.1 * np.median(s[m]) if m.any() else 1.0 for s, m in zip(noise.T, known.T, strict=True)]) + 1e-9
     k = member.shape[1]
     mixture = Mixture(
-        np.full(k, 1 / k), np.zeros((k, len(whole))), whole / 2 if spread is None else spread,
-        np.zeros((points.trend.shape[1], len(whole))), middle, _STRAY_WIDE * whole, np.inf,
+        np.full(k, 1 / k), np.zeros((k, len(spread))), spread / 2, np.zeros((points.trend.shape[1], len(spread))),
+        middle, _STRAY_WIDE * spread, np.inf,
     )  # fmt: skip
     for _ in range(steps):
         mean, slope, width = _maximised(value, noise, known, points, member, mixture.spread, least)

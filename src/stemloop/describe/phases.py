@@ -32,8 +32,8 @@ _SAMPLE = 2000
 _FEWEST = 12
 #: Neighbours share columns, so what they say is not independent: a new phase must pay this times the usual price.
 _DEAR = 3.0
-#: Means of two phases are this many spreads apart, all coordinates together.
-_APART = 2.0
+#: Means of two phases are this many spreads apart in some coordinate that counts.
+_APART = 2.5
 #: Between two phases there are fewer columns than this share of those at either.
 _GAP = 0.3
 #: Two phases with the same cell must differ in ln of the brightness ratio of their sites by this.
@@ -154,7 +154,8 @@ def _sorted(columns: Columns, assignment: Assignment, seen: Surroundings, grains
     beside = np.where(distance < 1.25 * length, beside, -1)
     # each column alone cannot say whether both sites agree; for the fit its neighbours lend it their brightness
     mixture = _chosen(_lent(points, beside), points, columns.position[own], beside, length)
-    return _Part(own, _placed(points, mixture, beside), _families(mixture))
+    member = smoothed(log_densities(points, mixture)[:, :-1], beside, _COUPLING)
+    return _Part(own, member, _families(mixture))
 
 
 def _points(columns: Columns, assignment: Assignment, seen: Surroundings, grains: list[int], own: Integers) -> Points:
@@ -200,28 +201,11 @@ def _chosen(lent: Points, points: Points, position: Floats, beside: Integers, le
             break
         tries = sorted(tries, key=lambda m: m.price)[:3]
         trial = min((fitted(sample, _members(sample, m)) for m in tries), key=lambda m: m.price)
-        trial = _gathered(lent, points, trial, beside)
         dear = _DEAR * (dimensions + 1) * np.log(len(sample.value))
         if trial.price > best.price - dear or not _sound(lent, points, trial, position, beside, length):
             break
         best = trial
     return best
-
-
-def _gathered(lent: Points, points: Points, mixture: Mixture, beside: Integers) -> Mixture:
-    """The mixture once more, a few times, from what the columns are by their neighbours' say too."""
-    for _ in range(4 if len(points.value) <= 2 * _SAMPLE else 1):
-        mixture = fitted(lent, _placed(points, mixture, beside), 1, mixture.spread)
-    every = max(1, -(-len(points.value) // _SAMPLE))
-    sample = lent.take(slice(None, None, every))
-    logs = log_densities(sample, mixture)
-    return mixture._replace(price=-2 * float(np.logaddexp.reduce(logs, axis=1).sum()))
-
-
-def _placed(points: Points, mixture: Mixture, beside: Integers) -> Floats:
-    """(n, k) probabilities of each column's phase with its neighbours' say, which stands in for the phases' shares."""
-    logs = log_densities(points, mixture)[:, :-1] - np.log(mixture.share)
-    return smoothed(logs, beside, _COUPLING)
 
 
 def _members(points: Points, mixture: Mixture) -> Floats:
@@ -263,7 +247,8 @@ def _cut(x: Floats) -> float:
 def _sound(lent: Points, points: Points, mixture: Mixture, position: Floats, beside: Integers, length: float) -> bool:
     """Whether all phases are large enough, apart, together in space, and with a gap between them or in steps."""
     k = len(mixture.share)
-    label = _placed(points, mixture, beside).argmax(axis=1)
+    member = smoothed(log_densities(points, mixture)[:, :-1], beside, _COUPLING)
+    label = member.argmax(axis=1)
     count = np.bincount(label, minlength=k)
     if count.min() < _FEWEST:
         return False
@@ -294,7 +279,7 @@ def _distinct(difference: Floats, typical: Floats, count: int) -> bool:
     ratio = float(np.ptp(bright)) if len(bright) > 1 else np.inf
     doubt = 4 * float(np.hypot(*np.sort(typical[:-3])[-2:])) / np.sqrt(count) if len(bright) > 1 else 0.0
     thickness = ratio < max(_RATIO, doubt) and cell.max() < 1
-    return float(np.sqrt(((difference / typical) ** 2).sum())) > _APART and not thickness
+    return bool((np.abs(difference / typical) > _APART).any()) and not thickness
 
 
 def _gapped(flat: Floats, one: Floats, other: Floats, typical: Floats) -> bool:

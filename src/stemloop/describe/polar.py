@@ -39,8 +39,8 @@ class Polar:
     the cell is not polar or the directions have no variants; p_variant : (n, k). direction, direction_sigma : (k,)
     [rad] of the variants. region : (n,) int, connected cells of one variant, the largest first, -1 as above.
     coherence : how far the displacements of cells that share no column or scan line agree, in deviations of chance
-    (negative where they alternate; beyond 4.5 the image is polar). offset : (grains, 2) [px] what was taken off the vectors of each
-    grain; vectors : (grains, 2, 2) [px] its lattice.
+    (negative where they alternate; beyond 4.5 the image is polar). offset : (grains, 2) [px] what was taken off the
+    vectors of each grain; vectors : (grains, 2, 2) [px] its lattice.
     """
 
     place: Floats
