@@ -39,12 +39,11 @@ _MATRICES, _SPARSE = _EVERY[_SIZE == 1], _EVERY[(_SIZE > 1) & (_SIZE <= 4)]
 
 class Turn(NamedTuple):
     """How one lattice becomes another: by a rotation [rad] from +x towards +y and its deviation, after which
-    ``misfit`` (the largest principal strain) is left; ``change`` @ the other's vectors then follow the first's."""
+    ``misfit`` (the largest principal strain) is left."""
 
     rotation: float
     sigma: float
     misfit: float
-    change: Integers
 
 
 def turn_between(one: Grain, other: Grain) -> Turn:
@@ -59,7 +58,7 @@ def turn_between(one: Grain, other: Grain) -> Turn:
     best = alike[np.argmin(np.abs(rotation[alike]))]
     misfit = float(strain[best])
     sigma = np.linalg.norm([_turn_sigma(one), _turn_sigma(other), misfit / 2])
-    return Turn(float(rotation[best]), float(sigma), misfit, _MATRICES[best])
+    return Turn(float(rotation[best]), float(sigma), misfit)
 
 
 def _compared(vectors: Floats, choices: Floats) -> tuple[Floats, Floats]:
@@ -117,20 +116,22 @@ def primitive(grain: Grain) -> tuple[Grain, Integers]:
 
 def crystals(grains: tuple[Grain, ...]) -> tuple[Integers, Integers]:
     """Which grains are one crystal: for each the number of the largest like it, and the (2, 2) whole-number change of
-    its vectors into that one's. The grains are primitive."""
+    its vectors into that one's. The grains are primitive. Twins that a strain relates, such as the variants of a
+    ferroelastic, are one crystal."""
     first = np.arange(len(grains))
     change = np.tile(np.eye(2, dtype=np.int64), (len(grains), 1, 1))
     for k in range(1, len(grains)):
         for j in sorted(set(first[:k].tolist())):
-            turn = turn_between(grains[j], grains[k])
-            if abs(turn.rotation) < _SAME_TURN and turn.misfit < _SAME_SIZE:
-                first[k], change[k] = j, turn.change
+            rotation, strain = _compared(grains[j].vectors, _MATRICES @ grains[k].vectors)
+            strain = np.where(np.abs(rotation) < _SAME_TURN, strain, np.inf)
+            if strain.min() < _SAME_SIZE:
+                first[k], change[k] = j, _MATRICES[strain.argmin()]
                 break
     return first, change
 
 
 def grain_boundaries(position: Floats, crystal: Integers, grains: tuple[Grain, ...], whole: Net) -> tuple[Defect, ...]:
-    """Lines between crystals that are turned against each other, or of different lattices.
+    """Lines between crystals that are turned against each other.
 
     Parameters
     ----------
@@ -155,13 +156,13 @@ def grain_boundaries(position: Floats, crystal: Integers, grains: tuple[Grain, .
             alike = _commensurate(grains[one], grains[other])
             turns[one, other] = None if alike else turn_between(grains[one], grains[other])
         turn = turns[one, other]
-        if turn is None:
+        if turn is None or abs(turn.rotation) < _SAME_TURN:
             continue
         found.append(
             Defect(
                 "grain-boundary",
                 place,
-                float(1 - 2 * stats.norm.sf(max(abs(turn.rotation), turn.misfit) / max(turn.sigma, 1e-9))),
+                float(1 - 2 * stats.norm.sf(abs(turn.rotation) / max(turn.sigma, 1e-9))),
                 {
                     "grains": (one, other),
                     "misorientation_deg": float(np.rad2deg(abs(turn.rotation))),

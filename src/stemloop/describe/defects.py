@@ -25,6 +25,8 @@ _FALSE_ALARMS = 0.05
 _VACANCIES = 0.01
 #: Amplitude over its deviation from which a column is found by itself.
 _FOUND = 4.0
+#: A vacancy is listed from this probability.
+_LIKELY = 0.75
 #: Columns of the same site around a vacancy by which it is judged.
 _AROUND = 16
 #: Nearer to the border than this many widths of a column nothing is called missing or foreign.
@@ -49,8 +51,8 @@ _SHARED, _SEVERAL = 0.25, 3
 def find_defects(columns: Columns, assignment: Assignment, shape: tuple[int, int]) -> tuple[Defect, ...]:
     """Find the defects of an image's lattices.
 
-    - ``vacancy``: a place inside a crystal where a column is expected and none is, if that is likelier than that a
-      column of that site was overlooked (a hundredth of all places are taken to be vacant). Detail: ``site``,
+    - ``vacancy``: a place inside a crystal where a column is expected and none is, if that is three times likelier than
+      that a column of that site was overlooked (a hundredth of all places are taken to be vacant). Detail: ``site``,
       ``grain``.
     - ``dopant``: a column brighter or weaker than the columns of its site along every line through it (so neither a
       slope of thickness nor an interface or a layer is one). At most 0.05 are expected by chance in an image. Detail:
@@ -242,7 +244,7 @@ def _vacancies(columns: Columns, assignment: Assignment, spacing: float, shape: 
     for k in chosen:
         overlooked = _overlooked(columns, assignment, place, site, grain, int(k), bool(asked[k]))
         p = _VACANCIES / (_VACANCIES + (1 - _VACANCIES) * overlooked)
-        if p > 0.5:
+        if p > _LIKELY:
             found.append(Defect("vacancy", place[k][None, :], float(p), {"site": int(site[k]), "grain": int(grain[k])}))
     return tuple(found)
 
@@ -325,7 +327,8 @@ def _doubtful(columns: Columns) -> Mask:
 
 def _misfitted(columns: Columns) -> Mask:
     """(n,) columns of an odd width: what was fitted there is more, or less, than one column."""
-    return np.asarray(np.abs(np.log(columns.width / np.median(columns.width))) > _ODD_WIDTH)
+    width = columns.width.clip(1e-12)
+    return np.asarray(np.abs(np.log(width / np.median(width))) > _ODD_WIDTH)
 
 
 def _contrast(columns: Columns, members: Integers, frames: Floats) -> tuple[Floats, Floats, Floats, float]:
@@ -352,9 +355,9 @@ def _contrast(columns: Columns, members: Integers, frames: Floats) -> tuple[Floa
     smallest = difference[least, np.arange(len(members))]
     alike = (np.where(known, difference, 1) > 0).all(axis=0) | (np.where(known, difference, -1) < 0).all(axis=0)
     ratio = np.where(known.sum(axis=0) >= 3, np.where(alike, smallest, 0.0), np.nan)
-    noise = np.sqrt((columns.sigma[members] ** 2).mean(axis=1)) / columns.width[members]
+    noise = np.sqrt((columns.sigma[members] ** 2).mean(axis=1)) / columns.width[members].clip(1e-12)
     noise = np.median(noise[np.asarray(tree.query(position, 9)[1])], axis=1)
-    noise = noise if noise.min() > 0 else np.ones(len(members))
+    noise = noise if noise.min() > 0 and noise.max() < np.inf else np.ones(len(members))
     paired = np.flatnonzero(nearest < len(members))
     if len(paired) < _FEWEST:
         return np.full(len(members), np.nan), np.full(len(members), np.nan), noise, 1.0
