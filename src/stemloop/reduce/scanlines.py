@@ -88,7 +88,7 @@ def line_shifts(
     clear = _clear(np.where(known, image, image[known].mean()), noise)
     used = np.flatnonzero(~registration.outlier)
     raw, sigma = np.full((n, rows), np.nan), np.full((n, rows), np.nan)
-    for k in used:
+    for k in used.tolist():
         frame = np.asarray(frames[k], dtype=np.float64)
         if registration.pattern is not None:
             frame = frame - registration.pattern
