@@ -86,7 +86,7 @@ def _checked(image: NDArray[Any]) -> Floats:
     pixels = np.asarray(image)
     if pixels.ndim != 2 or min(pixels.shape) < _SMALLEST:
         raise InputError(
-            f"an image (rows, columns) of at least {_SMALLEST} x {_SMALLEST} px is denoised; got the shape {pixels.shape}."
+            f"an image (rows, columns) of at least {_SMALLEST} x {_SMALLEST} px is denoised; got {pixels.shape}."
         )
     if pixels.dtype.kind not in "biuf":
         raise InputError(f"the image holds {pixels.dtype}; give real numbers.")

@@ -335,9 +335,9 @@ class _Stack:
         self.noise = _floor(power)
         self.passed = like.passed if like else _between_spots(power, self.noise)
         self.odd = np.stack([fft.irfft2(fft.rfft2(v * self.taper) * self.passed, self.shape) for v in self.flat])
-        open_ = self.passed > 0.05
-        excess = float((np.maximum(power - self.noise, 0) * self.passed**2)[open_].sum() / self.passed[open_].sum())
-        self.odd_signal = like.odd_signal if like else max(excess / self.noise, 1e-3)
+        open_ = self.passed > 0.3 * self.passed.max()
+        excess = float(np.median(power[open_])) / self.noise - 1  # a median: what is left of spots does not count
+        self.odd_signal = like.odd_signal if like else float(np.clip(excess, 1e-3, 0.1))
 
     def __len__(self) -> int:
         return len(self.flat)
