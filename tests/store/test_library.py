@@ -287,6 +287,11 @@ def test_what_is_no_library_is_refused(tmp_path):
 
 def test_fingerprints_of_the_describing_room_fit(tmp_path):
     from stemloop.describe.fingerprints import DIMENSION as described
+    from stemloop.describe.fingerprints import VERSION
 
-    with Library(Path(tmp_path) / "seen.library") as library:
+    path = Path(tmp_path) / "seen.library"
+    with Library(path, version=VERSION) as library:
         assert library.dimension == described == DIMENSION
+    Library(path).close()  # what is taken if nothing is said is this version
+    with pytest.raises(InputError, match="version 1"):
+        Library(path, version=VERSION + 1)

@@ -54,8 +54,9 @@ class Whitening(NamedTuple):
     matrix: Floats
 
 
-#: Numbers of a fingerprint.
-DIMENSION = 48
+#: Numbers of a fingerprint, and which edition of them this is: to be raised whenever the invariants or the matrix
+#: change, as those of two editions cannot be compared.
+DIMENSION, VERSION = 48, 1
 
 
 def fingerprints(

@@ -131,10 +131,12 @@ class Library:
     ----------
     path : the file. dimension : numbers of a fingerprint; only for a new library. scale : what lengths the fingerprints
         are measured in, ``spacing`` or ``metres`` (of a new library; others must be of the same to be merged).
+        version : of the fingerprints (:data:`stemloop.describe.fingerprints.VERSION`).
 
     Raises
     ------
-    UnreadableFile : the file is no library. StorageError : it cannot be made or written.
+    UnreadableFile : the file is no library. StorageError : it cannot be made or written. InputError : it holds
+    fingerprints of another version.
 
     >>> import tempfile
     >>> folder = tempfile.TemporaryDirectory()
@@ -144,7 +146,9 @@ class Library:
     1.0
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, dimension: int = 48, scale: str = "spacing") -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, dimension: int = 48, scale: str = "spacing", version: int = 1
+    ) -> None:
         self.path = Path(path)
         if not self.path.parent.is_dir():
             raise StorageError(f"there is no folder {self.path.parent} for the library {self.path.name}.")
@@ -154,20 +158,21 @@ class Library:
             with _translated(self.path):
                 self._base.execute("PRAGMA journal_mode=WAL")
                 self._base.execute("PRAGMA synchronous=FULL")
-                self._open(dimension, scale)
+                self._open(dimension, scale, version)
         except BaseException:
             self._base.close()
             raise
         self._index: neighbours.Index | None = None
         self._loose = _Loose.empty(self.dimension)
 
-    def _open(self, dimension: int, scale: str) -> None:
+    def _open(self, dimension: int, scale: str, version: int) -> None:
         if self._is_empty():  # only then a lock is taken: readers of a known library wait for nobody
             with self._writing():
                 if self._is_empty():
                     for statement in _SCHEMA.split(";"):
                         self._base.execute(statement)
                     about = {"format": _FORMAT, "name": uuid.uuid4().hex, "dimension": str(dimension), "scale": scale}
+                    about["version"] = str(version)
                     self._base.executemany("INSERT INTO about VALUES (?, ?)", about.items())
             sync_folder(self.path.parent)
         try:
@@ -176,6 +181,11 @@ class Library:
             about = {}
         if about.get("format") != _FORMAT:
             raise UnreadableFile(f"{self.path} is an SQLite file, but not a library of structural elements.")
+        if about["version"] != str(version):
+            raise InputError(
+                f"{self.path} holds fingerprints of version {about['version']}, which cannot be compared with those of "
+                f"version {version}. Make it anew from the images."
+            )
         self.name, self.dimension, self.scale = about["name"], int(about["dimension"]), about["scale"]
 
     def _is_empty(self) -> bool:
