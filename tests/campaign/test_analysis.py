@@ -283,7 +283,7 @@ def test_a_real_image_whose_metadata_are_wrong_is_flagged(tmp_path, capsys):
     file = DATA / "haadf/SciLink/MoS2_stem_Exp-002-5.npy"  # its sidecar states a field 36 % too wide
     assert cli.main(["analyze", str(file), "--material", "MoS2", "--out", str(tmp_path / "out")]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["pixel_size"] == {"nm": 0.01757812, "source": "sidecar", "trust": "refuted"}
+    assert summary["pixel_size"] == {"nm": 0.01757813, "source": "sidecar", "trust": "refuted"}
     assert summary["calibration"]["ratio"] == pytest.approx(1 / 1.36, abs=0.05)
     assert "too large" in capsys.readouterr().out
 

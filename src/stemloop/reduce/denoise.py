@@ -86,7 +86,7 @@ def _checked(image: NDArray[Any]) -> Floats:
     pixels = np.asarray(image)
     if pixels.ndim != 2 or min(pixels.shape) < _SMALLEST:
         raise InputError(
-            f"an image (rows, columns) of at least {_SMALLEST} x {_SMALLEST} px is denoised; got the shape {pixels.shape}."
+            f"an image (rows, columns) of at least {_SMALLEST} x {_SMALLEST} px is denoised; got {pixels.shape}."
         )
     if pixels.dtype.kind not in "biuf":
         raise InputError(f"the image holds {pixels.dtype}; give real numbers.")
@@ -207,13 +207,14 @@ def _nonlocal(level: Floats, width: float, cell: float) -> Floats:
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def _nonlocal_sum(level: Floats, guide: Floats, patch: int, search: int, variance: float) -> Floats:
+def _nonlocal_sum(  # noqa: C901, PLR0912 - one loop nest, compiled
+    level: Floats, guide: Floats, patch: int, search: int, variance: float
+) -> Floats:
     """Non-local means: weights from the squared difference of ``guide`` over patches of 2 ``patch`` + 1 px a side, less
     what its noise (``variance``) makes of it."""
     rows, columns = level.shape
     total, weight = level.copy(), np.ones(level.shape)
     column_sum = np.empty(columns)
-    side = 2 * patch + 1
     for dy in range(search + 1):
         for dx in range(-search, search + 1):
             if dy * dy + dx * dx > search * search or (dy == 0 and dx <= 0):

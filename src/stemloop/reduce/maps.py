@@ -209,7 +209,7 @@ def _refined(picture: Floats, chart: Floats, ratio: Floats, found: _Found) -> Ma
     """Least squares of the map's pixels in matrix, offset, brightness and level."""
     soft = _blurred(picture, ratio)
     coefficients = ndimage.spline_filter(soft, order=3, mode="nearest")
-    down, across = (ndimage.spline_filter(g, order=3, mode="nearest") for g in np.gradient(soft))
+    down, across = (ndimage.spline_filter(np.gradient(soft, axis=axis), order=3, mode="nearest") for axis in (0, 1))
     grid = np.stack(np.meshgrid(*(np.arange(n) for n in chart.shape), indexing="ij"), axis=-1).reshape(-1, 2)
     middle = (np.array(chart.shape) - 1) / 2
     away = (grid - middle).astype(np.float64)
@@ -221,7 +221,7 @@ def _refined(picture: Floats, chart: Floats, ratio: Floats, found: _Found) -> Ma
     covariance, alike, used, independent = np.full((6, 6), np.nan), 0.0, 0, 1.0
     for _ in range(30):
         place = away @ m.T + c
-        seen = ((place >= -0.5) & (place <= np.array(picture.shape) - 0.5)).all(axis=1)
+        seen = np.asarray(((place >= -0.5) & (place <= np.array(picture.shape) - 0.5)).all(axis=1))
         used = int(seen.sum())
         if used < 12:
             break

@@ -178,8 +178,8 @@ def register(
         raise InputError(f"none of the {n} frames can be registered; the first: {reasons[0]}.")
     stack = _Stack(np.stack([seen[k].image for k in good]), shape)
     place = _grown(stack, lambda done: tell(n + done, steps))
-    place, chance, canvas = _agreed(stack, place, lambda done: tell(2 * n + done, steps))
-    return _named(n, shape, good, reasons, stack, canvas, place, chance, mean)
+    fits, chance, canvas = _agreed(stack, place, lambda done: tell(2 * n + done, steps))
+    return _named(n, shape, good, reasons, stack, canvas, fits, chance, mean)
 
 
 def shift_of(frame: NDArray[Any], reference: Reference, near: NDArray[Any] | None = None) -> Shift:
@@ -335,9 +335,9 @@ class _Stack:
         self.noise = _floor(power)
         self.passed = like.passed if like else _between_spots(power, self.noise)
         self.odd = np.stack([fft.irfft2(fft.rfft2(v * self.taper) * self.passed, self.shape) for v in self.flat])
-        open_ = self.passed > 0.05
-        excess = float((np.maximum(power - self.noise, 0) * self.passed**2)[open_].sum() / self.passed[open_].sum())
-        self.odd_signal = like.odd_signal if like else max(excess / self.noise, 1e-3)
+        open_ = self.passed > 0.3 * self.passed.max()
+        excess = float(np.median(power[open_])) / self.noise - 1  # a median: what is left of spots does not count
+        self.odd_signal = like.odd_signal if like else float(np.clip(excess, 1e-3, 0.1))
 
     def __len__(self) -> int:
         return len(self.flat)
@@ -412,7 +412,9 @@ def _still(flat: Thin, taper: Thin) -> Thin:
     spread = np.linalg.svd(where * np.sqrt(power[moving])[:, None], compute_uv=False)
     if spread[1] < 0.1 * spread[0]:
         return none
-    kept = ndimage.binary_dilation(fixed, np.ones((7, 7), bool)) & ~ndimage.binary_dilation(moving, np.ones((3, 3)))
+    kept = ndimage.binary_dilation(fixed, np.ones((7, 7), bool)) & ~ndimage.binary_dilation(
+        moving, np.ones((3, 3), bool)
+    )
     return np.asarray(fft.irfft2(fft.rfft2(flat.mean(axis=0)) * kept, (rows, columns)), dtype=np.float32)
 
 
@@ -513,7 +515,7 @@ def _laid(stack: _Stack, piece: _Piece, canvas: _Canvas) -> _Candidates:
     mean, there = canvas.mean(stack.noise)
     odd = canvas.odd / (canvas.odd_weight.clip(0) + np.float32(1 / stack.odd_signal))
 
-    def lay(field_: Thin) -> NDArray[Any]:
+    def lay(field_: NDArray[Any]) -> NDArray[Any]:
         return np.asarray(fft.rfft2(field_, wide))
 
     seen = (piece.flat_weight > 0.5).astype(np.float32)
@@ -527,7 +529,8 @@ def _laid(stack: _Stack, piece: _Piece, canvas: _Canvas) -> _Candidates:
     overlap = across(one, goal_there) / max(float(seen.sum()), 1.0)
     energy = np.maximum(across(one, np.conj(lay(mean**2))), 1e-12) * np.maximum(across(lay(view**2), goal_there), 1e-12)
     alike = np.where(overlap > _OVERLAP, across(lay(view), np.conj(lay(mean))) / np.sqrt(energy), -1.0)
-    told = across(lay(piece.odd), np.conj(lay(odd))) - 0.5 * across(lay(piece.odd_weight), np.conj(lay(odd**2)))
+    told = across(lay(piece.odd), np.conj(lay(odd)))
+    told = told - 0.5 * across(lay(piece.odd_weight), np.conj(lay(odd**2)))
     order, shift = _lags(stack.shape, 0 if not whole else 1)
     alike, overlap, told = (m[order] for m in (alike, overlap, told / stack.noise))
     peaks = (alike == ndimage.maximum_filter(alike, size=3, mode="constant", cval=-1)) & (alike > 0)
@@ -921,7 +924,9 @@ def _pattern(mean: Floats, count: int, stack: _Stack, canvas: _Canvas, places: l
     rest = wave - told
     slow = np.hypot(*np.meshgrid(np.arange(mean.shape[0]) / 12, np.arange(mean.shape[1]) / 12, indexing="ij")) < 2
     spread = float(np.median(np.abs(rest[~slow]))) / 0.6745
-    clear = (np.abs(rest) > 6 * spread) & (np.abs(rest) > 2 * np.abs(told)) & ~slow
+    # near to the lattice's own waves what is left may be the specimen's: subtracting it would move columns
+    others = ndimage.maximum_filter(np.abs(told), 7) < np.abs(rest) / 4
+    clear = (np.abs(rest) > 8 * spread) & others & ~slow
     if not clear.any():
         return None
     near = ndimage.binary_dilation(clear, np.ones((3, 3), bool)) & (np.abs(rest) > 2 * spread) & ~slow
@@ -974,7 +979,7 @@ def average(
         lines = np.array(np.broadcast_to(np.asarray(line_shift, dtype=np.float64), lines.shape))
         lines[~np.isfinite(lines)] = 0.0
     total, weight = np.zeros(shape), np.zeros(shape)
-    for k in np.flatnonzero(~registration.outlier):
+    for k in np.flatnonzero(~registration.outlier).tolist():
         frame = np.asarray(frames[k], dtype=np.float64)
         if registration.pattern is not None:
             frame = frame - registration.pattern
@@ -982,7 +987,7 @@ def average(
         total += value
         weight += seen
         if progress:
-            progress(int(k) + 1, n)
+            progress(k + 1, n)
     with np.errstate(invalid="ignore", divide="ignore"):
         return Averaged(np.where(weight > 0, total / weight, np.nan), weight)
 

@@ -4,7 +4,8 @@ Each line of a frame is compared with the same line of an image that does not sh
 frames, or, for a single image of a crystal, the mean over the lattice's translations. Least squares give the line's own
 displacement with its deviation; lines between rows of atoms say little. How far lines wander and how long they remember
 it (a first-order autoregression) is fitted to all of them, and the displacements are smoothed accordingly (Kalman
-filter and Rauch-Tung-Striebel smoother; H. E. Rauch, F. Tung and C. T. Striebel, AIAA J. 3 (1965) 1445, doi:10.2514/3.3166).
+filter and Rauch-Tung-Striebel smoother; H. E. Rauch, F. Tung and C. T. Striebel, AIAA J. 3 (1965) 1445,
+doi:10.2514/3.3166).
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def line_shifts(
     clear = _clear(np.where(known, image, image[known].mean()), noise)
     used = np.flatnonzero(~registration.outlier)
     raw, sigma = np.full((n, rows), np.nan), np.full((n, rows), np.nan)
-    for k in used:
+    for k in used.tolist():
         frame = np.asarray(frames[k], dtype=np.float64)
         if registration.pattern is not None:
             frame = frame - registration.pattern
