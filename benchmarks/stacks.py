@@ -22,7 +22,6 @@ from scipy.spatial import cKDTree
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from reduce.moving import bound, stack
-
 from stemloop.describe.atoms import find_columns
 from stemloop.reduce.register import average, register
 
