@@ -12,6 +12,7 @@ is made anew when either does not fit.
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from dataclasses import dataclass
@@ -160,7 +161,8 @@ def nearest(
     return square[:found], row[:found]
 
 
-_PARTS = ("vectors", "entry", "source", "centre", "start")
+_KINDS = {"vectors": "<f4", "entry": "<i8", "source": "<i4", "centre": "<f4", "start": "<i8"}
+_PARTS = tuple(_KINDS)
 
 
 def save(index: Index, path: Path, library: str) -> None:
@@ -189,7 +191,8 @@ def save(index: Index, path: Path, library: str) -> None:
 
 
 def load(path: Path, library: str) -> Index | None:
-    """The index in ``path``, mapped; None if there is none, or it is another library's, or its checksum fails."""
+    """The index in ``path``, mapped; None if there is none, or it is another library's, or its checksum fails, or it
+    was made up: a search looks nowhere but into it, whoever wrote it."""
     try:
         with open(path, "rb") as file:
             magic, length, crc = _HEAD.unpack(file.read(_HEAD.size))
@@ -200,11 +203,29 @@ def load(path: Path, library: str) -> Index | None:
             return None
         head = json.loads(words)
         payload = np.memmap(path, np.uint8, "r", offset=_HEAD.size + length)
-    except (OSError, ValueError, struct.error):
+        if head["library"] != library or len(payload) != head["bytes"] or _crc(payload) != head["crc"]:
+            return None
+        parts = {name: _part(payload, np.dtype(_KINDS[name]), *head["parts"][name]) for name in _PARTS}
+        index = Index(trained=int(head["trained"]), **parts)
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError, struct.error):
         return None
-    if head["library"] != library or len(payload) != head["bytes"] or _crc(payload) != head["crc"]:
-        return None
-    return Index(trained=head["trained"], **{name: _part(payload, *head["parts"][name]) for name in _PARTS})
+    return index if _is_whole(index) else None
+
+
+def _is_whole(index: Index) -> bool:
+    """Whether the cells are rows of the vectors, and all of them."""
+    n, cells = len(index), len(index.centre)
+    return bool(
+        index.vectors.ndim == index.centre.ndim == 2
+        and index.vectors.shape == (n, index.centre.shape[1])
+        and index.entry.shape == index.source.shape == (n,)
+        and index.start.shape == (cells + 1,)
+        and cells > 0
+        and index.trained >= 0
+        and index.start[0] == 0
+        and index.start[-1] == n
+        and (np.diff(index.start) >= 0).all()
+    )
 
 
 def _crc(payload: NDArray[np.uint8]) -> int:
@@ -214,7 +235,8 @@ def _crc(payload: NDArray[np.uint8]) -> int:
     return int(crc)
 
 
-def _part(payload: NDArray[np.uint8], kind: str, shape: list[int], place: int) -> NDArray[Any]:
-    dtype = np.dtype(kind)
-    size = int(np.prod(shape)) * dtype.itemsize
+def _part(payload: NDArray[np.uint8], dtype: np.dtype[Any], kind: str, shape: list[int], place: int) -> NDArray[Any]:
+    if np.dtype(kind) != dtype or min(place, *shape) < 0:
+        raise ValueError(f"{kind} of {shape} at {place}")
+    size = math.prod(shape) * dtype.itemsize
     return payload[place : place + size].view(dtype).reshape(shape)
