@@ -114,6 +114,21 @@ def test_a_search_finds_what_comparing_everything_finds(tmp_path, rng):
         assert library.search(queries[0], 1)[0].entry.kind == "vacancy"
 
 
+def test_another_image_is_found_behind_the_many_frames_of_the_own(rng):
+    # a stack fills the cells about its own surroundings; what is asked for is the one sighting elsewhere
+    own = rng.normal(size=(40_000, DIMENSION))
+    elsewhere = np.concatenate([rng.normal(size=(50, DIMENSION)), 30 + rng.normal(size=(3000, DIMENSION))])
+    vectors = np.concatenate([own, elsewhere]).astype(np.float32)
+    source = np.repeat([1, 2], [len(own), len(elsewhere)]).astype(np.int32)
+    index = neighbours.build(np.arange(len(vectors)), source, vectors)
+    assert len(index.centre) > 2 * neighbours.PROBES
+    hits = 0
+    for query in vectors[:40]:
+        best = len(own) + np.argmin(((elsewhere - query) ** 2).sum(axis=1))
+        hits += index.search(query, 1, without=1)[0][0] == best
+    assert hits == 40
+
+
 def test_the_index_is_checked_and_made_again(tmp_path, rng, monkeypatch):
     monkeypatch.setattr("stemloop.store.library._LOOSE", 100)
     path = tmp_path / "seen.library"

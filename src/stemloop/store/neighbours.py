@@ -59,17 +59,27 @@ class Index:
         self, query: NDArray[np.float32], k: int, probes: int | None = PROBES, without: int = -1
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Entries and squared distances of the ``k`` nearest to ``query`` (d,), nearest first, in the ``probes``
-        nearest cells (None: in all), none of them of the source ``without``."""
+        nearest cells (None: in all), none of them of the source ``without``. Where that fills the cells, more are
+        looked at, until as many others were."""
         if len(self) == 0:
             return np.zeros(0, np.int64), np.zeros(0, np.float32)
         if probes is None or probes >= len(self.centre):
             cells = np.arange(len(self.centre))
         else:
             far = ((self.centre - query) ** 2).sum(axis=1)
-            cells = np.argpartition(far, probes)[:probes]
+            if without >= 0:
+                probes = self._reached(np.argsort(far), probes, without)
+            cells = np.argpartition(far, probes - 1)[:probes]
             cells = cells[np.argsort(far[cells])]
         square, row = nearest(query, self.vectors, self.source, self.start[cells], self.start[cells + 1], k, without)
         return self.entry[row], square
+
+    def _reached(self, order: NDArray[np.int64], probes: int, without: int) -> int:
+        """How many cells of ``order`` hold as many vectors of other sources as ``probes`` cells usually hold."""
+        own = np.concatenate([[0], np.cumsum(self.source == without)])[self.start]
+        others = np.cumsum((np.diff(self.start) - np.diff(own))[order])
+        wanted = min(probes * len(self) / len(self.centre), others[-1])
+        return min(max(probes, int(np.searchsorted(others, wanted)) + 1), len(order))
 
 
 def build(entry: NDArray[np.int64], source: NDArray[np.int32], vectors: NDArray[np.float32], seed: int = 0) -> Index:
