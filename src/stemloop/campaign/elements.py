@@ -85,7 +85,9 @@ def _elements(
 ) -> list[Element]:
     vectors = fingerprints(image, columns, places)
     pictures = patches(image, places, unit_px(columns))
-    spread = scatter(vectors[: len(columns)], columns.sublattice)
+    site, found = np.asarray(columns.sublattice), vectors[: len(columns)]
+    of_site = {k: scatter(found[site == k], site[site == k]) for k in np.unique(site)}  # weak ones scatter more
+    most = max(of_site.values(), default=1.0)
     chance = np.append(columns.p_present, np.ones(len(places) - len(columns)))
     return [
         Element(
@@ -95,7 +97,7 @@ def _elements(
             f"site-{group[i]}" if group[i] >= 0 else "",
             float(chance[i]),
             frame,
-            spread,
+            of_site.get(group[i], most),
             patch=pictures[i],
         )
         for i in np.flatnonzero(np.isfinite(vectors).all(axis=1))

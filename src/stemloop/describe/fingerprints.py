@@ -84,7 +84,8 @@ def fingerprints(
 
     Returns
     -------
-    (n, 48) float32, in deviations of what they were learned from; rows are NaN where the disc leaves the image.
+    (n, 48) float32, in deviations of what they were learned from; rows are NaN where the disc leaves the image or
+    comes too near to its border.
 
     Raises
     ------
@@ -171,10 +172,11 @@ def invariants(
 
 def invariants_at(pixels: Floats, middles: Floats, unit: float, width: float) -> Floats:
     """As :func:`invariants`, for columns ``unit`` [px] apart and of ``width`` [px]."""
-    inside = np.flatnonzero(_inside(middles, pixels.shape, REACH * unit))
+    blur = np.sqrt(max((_BLUR * unit) ** 2 - width**2, (_LEAST_BLUR * unit) ** 2))
+    # what is blurred into the outermost ring must be of the image, too
+    inside = np.flatnonzero(_inside(middles, pixels.shape, max(REACH * unit, _RADII[-1] * unit + 2.5 * blur)))
     out = np.full((len(middles), size()), np.nan)
     if len(inside):
-        blur = np.sqrt(max((_BLUR * unit) ** 2 - width**2, (_LEAST_BLUR * unit) ** 2))
         soft = ndimage.gaussian_filter(pixels, blur, mode="nearest")
         angle = 2 * np.pi * np.arange(_ANGLES) / _ANGLES
         around = np.stack([np.sin(angle), np.cos(angle)], axis=1)

@@ -109,7 +109,7 @@ def _bytes(indptr, index, counts, pixels, plane, offset, place, byte, used):  # 
             if single:
                 while i + n < stop and index[i + n] == index[i]:
                     n += 1
-                count = n
+                count = np.int64(n)
             else:
                 count = np.int64(counts[i])
             value = (count >> (8 * plane)) & 255
@@ -126,7 +126,7 @@ def _tally(place, byte, size, symbol):  # type: ignore[no-untyped-def]
     """How often each symbol is written, and the checksum of the bytes."""
     weight = np.zeros(286, np.int64)
     runs = np.zeros(_AT_ONCE + 1, np.int64)
-    low, high, at = 1, size, 0
+    low, high, at = np.int64(1), np.int64(size), np.int64(0)
     for k in range(len(place)):
         zeros = place[k] - at
         at = place[k] + 1
