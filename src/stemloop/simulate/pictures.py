@@ -101,7 +101,9 @@ class Layout:
 
     def take(self, kept: NDArray[np.bool_] | Integers) -> Layout:
         """The columns at ``kept``."""
-        parts: dict[str, Any] = {n: getattr(self, n)[kept] for n in ("position", "site", "grain", "cell", "weight", "width")}
+        parts: dict[str, Any] = {
+            n: getattr(self, n)[kept] for n in ("position", "site", "grain", "cell", "weight", "width")
+        }
         return replace(self, **parts)
 
 
