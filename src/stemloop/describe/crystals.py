@@ -19,7 +19,7 @@ Zones = dict[str, tuple[int, int, int]]
 # Perovskites, graphene, hBN: as usually quoted, cubic or pseudo-cubic means but for PbTiO3 and BaTiO3; good to 0.3 %.
 _PEROVSKITES = {
     "SrTiO3": (3.905, 3.905), "LaCoO3": (3.825, 3.825), "LaAlO3": (3.790, 3.790), "SrRuO3": (3.930, 3.930),
-    "LaMnO3": (3.880, 3.880), "BiFeO3": (3.960, 3.960), "PbTiO3": (3.904, 4.152), "BaTiO3": (3.994, 4.036),
+    "LaMnO3": (3.880, 3.880), "BiFeO3": (3.960, 3.960), "PbTiO3": (3.904, 4.152), "BaTiO3": (3.994, 4.038),
 }  # fmt: skip
 _CATIONS = {
     "SrTiO3": ("Sr", "Ti"), "LaCoO3": ("La", "Co"), "LaAlO3": ("La", "Al"), "SrRuO3": ("Sr", "Ru"),
