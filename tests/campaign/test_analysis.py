@@ -17,8 +17,8 @@ from scipy.spatial import cKDTree
 
 import stemloop
 from stemloop import cli
-from stemloop.campaign import frames
-from stemloop.campaign.analysis import analyze, covered
+from stemloop.campaign.images import frames
+from stemloop.campaign.images.analysis import analyze, covered
 from stemloop.core.errors import InputError
 from stemloop.simulate import pictures
 

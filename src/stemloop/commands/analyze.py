@@ -40,7 +40,7 @@ def _analyze(words: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from stemloop.campaign.analysis import analyze
+    from stemloop.campaign.images import analyze
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -75,7 +75,7 @@ def _analyze(words: argparse.Namespace) -> int:
 
 
 def _work(words: argparse.Namespace) -> int:
-    from stemloop.campaign import frames
+    from stemloop.campaign.images import frames
 
     number, _, parts = words.part.partition("/")
     if not (number.isdigit() and parts.isdigit() and 0 <= int(number) < int(parts)) or not words.frames:

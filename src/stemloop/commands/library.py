@@ -43,7 +43,7 @@ def _place(words: str) -> tuple[float, float]:
 
 
 def _add(words: argparse.Namespace) -> int:
-    from stemloop.campaign.elements import elements_of, images_of
+    from stemloop.campaign.images.elements import elements_of, images_of
     from stemloop.core.errors import StemloopError
     from stemloop.store.library import Library, sha256_of
 
@@ -63,7 +63,7 @@ def _add(words: argparse.Namespace) -> int:
 
 
 def _search(words: argparse.Namespace) -> int:
-    from stemloop.campaign.elements import element_at, images_of
+    from stemloop.campaign.images.elements import element_at, images_of
     from stemloop.store.library import sha256_of
 
     library = _known(words.library)

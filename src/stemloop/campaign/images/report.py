@@ -15,13 +15,13 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from stemloop.campaign import packed
-from stemloop.campaign.analysis_summary import calibration_sentence, length
+from stemloop.campaign.images import packed
+from stemloop.campaign.images.summary import calibration_sentence, length
 from stemloop.campaign.report import _STYLE, _bare, _grouped, _plain, _png, _quiet, _section, _shown
 from stemloop.core.structure import Defect
 
 if TYPE_CHECKING:
-    from stemloop.campaign.analysis import Analysis
+    from stemloop.campaign.images.analysis import Analysis
 
 Floats = NDArray[np.float64]
 

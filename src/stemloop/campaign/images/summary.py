@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stemloop import __version__
-from stemloop.campaign.motion import told as motion_told
-from stemloop.campaign.one_image import Understood
+from stemloop.campaign.images.motion import told as motion_told
+from stemloop.campaign.images.one_image import Understood
 from stemloop.core.structure import Defect, Grain
 
 if TYPE_CHECKING:
-    from stemloop.campaign.analysis import Analysis
+    from stemloop.campaign.images.analysis import Analysis
 
 #: Trust in the size of a pixel, in words.
 TRUST = {

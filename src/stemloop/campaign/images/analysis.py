@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stemloop import __version__
-from stemloop.campaign import frames as frames_
-from stemloop.campaign import motion, packed, remembering, tables
-from stemloop.campaign.motion import Motion
-from stemloop.campaign.one_image import FINDERS, Understood, Wanted, understand
-from stemloop.campaign.remembering import Remembered
+from stemloop.campaign.images import frames as frames_
+from stemloop.campaign.images import motion, packed, remembering, tables
+from stemloop.campaign.images.motion import Motion
+from stemloop.campaign.images.one_image import FINDERS, Understood, Wanted, understand
+from stemloop.campaign.images.remembering import Remembered
 from stemloop.core.errors import InputError, StemloopError, StorageError, from_code
 from stemloop.core.protocols import PixelSize
 from stemloop.store.stack import Stack, open_stack
@@ -66,7 +66,7 @@ class Analysis:
 
     @property
     def columns(self) -> NDArray[Any]:
-        """The columns of ``image`` as a structured array (see :data:`stemloop.campaign.tables.ROW`);
+        """The columns of ``image`` as a structured array (see :data:`stemloop.campaign.images.tables.ROW`);
         ``pandas.DataFrame(analysis.columns)`` takes it as it is."""
         return tables.table(self.found, self.pixel_size.value_m)
 
@@ -94,18 +94,18 @@ class Analysis:
 
     def sentences(self) -> list[tuple[str, str]]:
         """(about what, sentence): the result in a few lines."""
-        from stemloop.campaign.analysis_summary import sentences
+        from stemloop.campaign.images.summary import sentences
 
         return [*sentences(self), ("report", str((self.folder / "report.html").resolve()))]
 
     def report(self) -> Any:
         """The page ``report.html``; a notebook shows it."""
-        from stemloop.campaign.analysis_report import Page
+        from stemloop.campaign.images.report import Page
 
         return Page(self.folder / "report.html")
 
     def _repr_html_(self) -> str:
-        from stemloop.campaign.analysis_report import card
+        from stemloop.campaign.images.report import card
 
         return card(self)
 
@@ -481,8 +481,8 @@ def _symbols(found: Understood) -> tuple[str, ...]:
 
 def _finish(analysis: Analysis, sha256: str, parameters: dict[str, Any], tell: Progress) -> None:
     """Write the tables, the summary and the page."""
-    from stemloop.campaign.analysis_report import write_report
-    from stemloop.campaign.analysis_summary import summarise
+    from stemloop.campaign.images.report import write_report
+    from stemloop.campaign.images.summary import summarise
 
     folder, pixel_m = analysis.folder, analysis.pixel_size.value_m
     tell("writing", 0, 3)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stemloop.campaign.one_image import Understood
+from stemloop.campaign.images.one_image import Understood
 from stemloop.describe.fingerprints import DIMENSION, fingerprints, patches, scatter, unit_px
 from stemloop.store.library import Element, Library
 
