@@ -21,6 +21,7 @@ from stemloop.campaign.images import frames
 from stemloop.campaign.images.analysis import analyze, covered
 from stemloop.core.errors import InputError
 from stemloop.simulate import pictures
+from stemloop.store.library import Library
 
 DATA = Path(os.environ.get("STEMLOOP_DATA") or Path(__file__).parents[2] / "../shared/data")
 real = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real files: {DATA} is not there (set STEMLOOP_DATA)")
@@ -153,6 +154,33 @@ def test_the_same_again_is_not_done_again_and_something_else_is_refused(tmp_path
     assert analyze(image, tmp_path / "out", pixel_size_nm=0.02, overwrite=True).pixel_size.value_m == pytest.approx(
         2e-11
     )
+
+
+def with_dopant(seed):
+    """A crystal in whose middle one secondary column is three times as bright, and where that is."""
+    rng = np.random.default_rng(seed)
+    layout = pictures.layout("SrTiO3[001]", (200, 200), PIXEL_PM, 0.1 + 0.2 * seed)
+    away = np.hypot(*(layout.position - 100.0).T) + 1e3 * (layout.site == 0)
+    at = int(away.argmin())
+    weight = layout.weight.copy()
+    weight[at] *= 3
+    mean = pictures.mean_image(replace(layout, weight=weight), 5e4)
+    return layout.position[at], pictures.counted(mean, rng)
+
+
+def test_a_defect_is_remembered_once_and_as_what_it_is(tmp_path):
+    place, image = with_dopant(0)
+    first = analyze(image, tmp_path / "a", library=tmp_path / "seen.library")
+    (dopant,) = [d for d in first.found.defects if d.kind == "dopant"]
+    assert np.hypot(*(np.ravel(dopant.place) - place)) < 0.5
+    with Library(tmp_path / "seen.library") as library:
+        kept = [library.entry(k + 1) for k in range(len(library))]
+    near = [e.kind for e in kept if np.hypot(e.place[0] - place[0], e.place[1] - place[1]) < 3]
+    assert near == ["dopant"]
+    _, other = with_dopant(1)
+    second = analyze(other, tmp_path / "b", library=tmp_path / "seen.library")
+    (asked,) = [one for one in second.remembered.seen if one.what == "dopant"]
+    assert asked.others[0]["kind"] == "dopant" and asked.others[0]["file"] == "array"
 
 
 # ------------------------------------------------------------------------------------------------------------ stacks

@@ -45,10 +45,11 @@ def _place(words: str) -> tuple[float, float]:
 def _add(words: argparse.Namespace) -> int:
     from stemloop.campaign.images.elements import elements_of, images_of
     from stemloop.core.errors import StemloopError
+    from stemloop.describe.fingerprints import VERSION
     from stemloop.store.library import Library, sha256_of
 
     failed = 0
-    with Library(words.library) as library:
+    with Library(words.library, version=VERSION) as library:
         for path in words.files:
             try:
                 new = sum(
@@ -102,17 +103,18 @@ def _facts(sighting: Any) -> dict[str, Any]:
 
 def _known(path: Path) -> Any:
     from stemloop.core.errors import UnreadableFile
+    from stemloop.describe.fingerprints import VERSION
     from stemloop.store.library import Library
 
     if not path.exists():
         raise UnreadableFile(f"there is no library {path}; make one with: stemloop library add {path} FILE ...")
-    return Library(path)
+    return Library(path, version=VERSION)
 
 
 def _merge(words: argparse.Namespace) -> int:
     from stemloop.store.library import Library
 
-    with Library(words.library) as library:
+    with Library(words.library, version=VERSION) as library:
         for other in words.others:
             print(f"{other}: {library.merge(other)} new of {len(library)}")
     return 0
