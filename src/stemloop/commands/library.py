@@ -112,6 +112,7 @@ def _known(path: Path) -> Any:
 
 
 def _merge(words: argparse.Namespace) -> int:
+    from stemloop.describe.fingerprints import VERSION
     from stemloop.store.library import Library
 
     with Library(words.library, version=VERSION) as library:

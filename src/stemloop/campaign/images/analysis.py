@@ -24,8 +24,10 @@ from stemloop.campaign.images import motion, packed, remembering, tables
 from stemloop.campaign.images.motion import Motion
 from stemloop.campaign.images.one_image import FINDERS, Understood, Wanted, understand
 from stemloop.campaign.images.remembering import Remembered
+from stemloop.campaign.images.showing import Fringes, fringes, without_noise
 from stemloop.core.errors import InputError, StemloopError, StorageError, from_code
 from stemloop.core.protocols import PixelSize
+from stemloop.reduce.denoise import METHODS
 from stemloop.store.stack import Stack, open_stack
 
 if TYPE_CHECKING:
@@ -45,8 +47,9 @@ class Analysis:
     name : of the file. shape : (frames, rows, columns). pixel_size : after the lattice was asked. image : the image
     that was read (a single one), or the average of the registered frames. found : what is known of that image.
     bad : frame to reason, of the frames that could not be used. registration, motion : of a stack, else None.
-    remembered : what the library knows that looks alike, if one was given. notes, left_out : sentences; what there is
-    not, and why.
+    remembered : what the library knows that looks alike, if one was given. corner : (row, column) at which ``image``
+    begins on the common frame of the registration. fringes : strain by geometric phase analysis. denoised : the image
+    without noise, to be looked at, if it was asked for. notes, left_out : sentences; what there is not, and why.
     """
 
     folder: Path
@@ -59,6 +62,9 @@ class Analysis:
     registration: Any = None
     motion: Motion | None = None
     remembered: Remembered | None = None
+    corner: tuple[int, int] = (0, 0)
+    fringes: Fringes | None = None
+    denoised: NDArray[np.float32] | None = None
     notes: list[str] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -124,6 +130,7 @@ def analyze(
     which: int | str | None = None,
     frame_time_s: float | None = None,
     library: str | os.PathLike[str] | None = None,
+    denoise: str | None = None,
     executor: str = "local",
     workers: int | None = None,
     scheduler: str | None = None,
@@ -145,6 +152,8 @@ def analyze(
     which : number or title of the dataset, where a file holds several.
     frame_time_s : time from frame to frame [s], for rates; the file's own if None.
     library : file of a library of structural elements, to be searched and added to.
+    denoise : ``nlm`` or ``lattice``: the report also shows the image without noise. What is measured comes from the
+        image as it was recorded.
     executor : where frames are analysed: ``local`` (processes here), ``dask`` or ``slurm``. workers : how many at once;
         as many as there are cores if None. scheduler : address of a running Dask cluster. slurm_options : more words
         for ``sbatch``.
@@ -165,6 +174,8 @@ def analyze(
         raise InputError(f"no column finder is called {finder!r}; known: {', '.join(FINDERS)}.")
     if executor not in frames_.EXECUTORS:
         raise InputError(f"no executor is called {executor!r}; known: {', '.join(frames_.EXECUTORS)}.")
+    if denoise is not None and denoise not in METHODS:
+        raise InputError(f"no way to denoise is called {denoise!r}; known: {', '.join(METHODS)}.")
     if pixel_size_nm is not None and not 0 < pixel_size_nm < 1e3:
         raise InputError(f"a pixel of {pixel_size_nm} nm is none; give its size in nanometres, such as 0.015.")
     if workers is not None and workers < 1:
@@ -190,6 +201,7 @@ def analyze(
         run = _Run(folder, name, stack, size, wanted, progress or (lambda *_: None))
         run.frames(executor, workers, scheduler, slurm_options)
         analysis = run.together(frame_time_s or stack.frame_time_s)
+        run.for_the_eye(analysis, denoise)
     analysis._kept = kept
     if library is not None:
         run.tell("library", 0, 1)
@@ -279,6 +291,7 @@ class _Run:
         self.folder, self.name, self.stack, self.size, self.wanted, self.tell = folder, name, stack, size, wanted, tell
         self.notes: list[str] = list(stack.notes)
         self.left_out: list[tuple[str, str]] = []
+        self.corner = (0, 0)
 
     def frames(self, executor: str, workers: int | None, scheduler: str | None, slurm_options: tuple[str, ...]) -> None:
         """Analyse every frame that is not yet."""
@@ -362,6 +375,7 @@ class _Run:
             image, found = np.asarray(self.stack[first], dtype=np.float64), frames_.load(self.folder, first)
         else:
             image, corner = covered(averaged.image, averaged.weight)
+            self.corner = corner
             self.notes.append(
                 f"the average of {count - len(bad)} frames is shown, where at least half of them overlap: "
                 f"{image.shape[0]} x {image.shape[1]} px from ({corner[0]}, {corner[1]}) on."
@@ -410,6 +424,17 @@ class _Run:
         )
         self.tell("linking", 1, 1)
 
+    def for_the_eye(self, analysis: Analysis, denoise: str | None) -> None:
+        """What only the report shows."""
+        image, assigned, before = analysis.image, analysis.found.assignment, len(self.left_out)
+        self.tell("pictures", 0, 1)
+        if assigned is not None and assigned.grains:
+            analysis.fringes = self.once("strain_from_fringes", lambda: fringes(image, assigned))
+        if denoise is not None:
+            analysis.denoised = self.once(f"denoised_by_{denoise}", lambda: without_noise(image, denoise))
+        self.tell("pictures", 1, 1)
+        analysis.left_out += self.left_out[before:]
+
     def _analysis(self, image: NDArray[np.float64], found: Understood, bad: dict[int, str]) -> Analysis:
         size = self.size
         if found.calibration is not None and size.value_m is not None:
@@ -424,6 +449,7 @@ class _Run:
             image,
             found,
             bad,
+            corner=self.corner,
             notes=[*self.notes, *found.notes],
             left_out=[*self.left_out, *found.left_out],
         )

@@ -99,6 +99,7 @@ class _View:
             self.headline(),
             self.verdict(),
             self.overview(),
+            self.denoised(),
             self.lattices(),
             self.polar() or self.displacement(),
             self.strain(),
@@ -298,6 +299,27 @@ class _View:
             "The image and its atom columns", words.strip(), _png(figure, f"image and columns of {self.a.name}")
         )
 
+    def denoised(self) -> str:
+        """The image without noise, beside it as it was."""
+        if self.a.denoised is None:
+            return ""
+        figure, axes = self._figure(2)
+        side = self._zoom()
+        middle = np.array([self.height, self.width]) / 2
+        titles = ("as it was recorded", "without noise")
+        for axis, image, title in zip(axes, (None, self.a.denoised), titles, strict=True):
+            self._show(axis, image)
+            axis.set(
+                xlim=(middle[1] - side / 2, middle[1] + side / 2), ylim=(middle[0] + side / 2, middle[0] - side / 2)
+            )
+            axis.set_title(title, fontsize=10)
+        self._scale_bar(axes[0], side)
+        words = (
+            "The right one is for the eye only: places, brightness and their deviations are measured in the image as "
+            "it was recorded."
+        )
+        return _section("Without noise", words, _png(figure, "the image without noise"))
+
     def _zoom(self) -> float:
         return float(min(self.height, self.width, self.spacing * np.sqrt(1500)))
 
@@ -407,30 +429,48 @@ class _View:
         strain = self.found.strain
         if strain is None or not np.isfinite(strain.e_xx).any():
             return ""
-        figure, axes = self._figure(4, bars=True)
-        names = ("e_xx (%)", "e_yy (%)", "e_xy (%)", "rotation (mrad)")
-        noise = []
-        for axis, name, values, factor, sigma in zip(
-            axes, names, (strain.e_xx, strain.e_yy, strain.e_xy, strain.rotation), (100, 100, 100, 1e3),
-            strain.sigma.T, strict=True,
-        ):  # fmt: skip
-            known = np.isfinite(values)
-            scaled = values[known] * factor
-            edge = max(float(np.percentile(np.abs(scaled), 97)), 1e-9)
-            shown = axis.imshow(
-                self._painted(self.place[known], scaled), extent=self._extent(), cmap="RdBu_r", vmin=-edge, vmax=edge,
-                interpolation="nearest",
-            )  # fmt: skip
-            _bare(axis)
-            axis.set_title(name, fontsize=10)
-            _bar(figure, shown, axis, "")
-            noise.append(float(np.nanmedian(sigma)) * factor)
+        names, factors = ("e_xx (%)", "e_yy (%)", "e_xy (%)", "rotation (mrad)"), np.array([100.0, 100.0, 100.0, 1e3])
+        values = np.stack([strain.e_xx, strain.e_yy, strain.e_xy, strain.rotation], axis=1) * factors
+        fringes = self.a.fringes
+        maps = [[self._painted(self.place[known], v[known]) for v in values.T for known in (np.isfinite(v),)]]
+        if fringes is not None:
+            maps.append([one * factor for one, factor in zip(fringes.values, factors, strict=True)])
+        edges = np.maximum(np.nanpercentile(np.abs(values), 97, axis=0), 1e-9)
+        figure, axes = self._strain_panels(len(maps))
+        for way, row in enumerate(maps):
+            for k, one in enumerate(row):
+                axis = axes[way][k]
+                shown = axis.imshow(one, extent=self._extent(), cmap="RdBu_r", vmin=-edges[k], vmax=edges[k],
+                                    interpolation="nearest")  # fmt: skip
+                _bare(axis)
+                source = "" if len(maps) == 1 else " from columns" if way == 0 else " from fringes"
+                axis.set_title(names[k] + source, fontsize=9)
+                _bar(figure, shown, axis, "")
+        noise = np.nanmedian(strain.sigma, axis=0) * factors
         words = (
             "Against the mean lattice of the grain: x to the right, y down, the rotation clockwise on the screen. "
-            f"A value's own deviation is typically {noise[0]:.2g} %, {noise[1]:.2g} %, {noise[2]:.2g} % and "
-            f"{noise[3]:.2g} mrad."
+            f"A value's own deviation is typically {_listed(noise)} from columns"
         )
-        return _section("Strain", words, _png(figure, "strain maps"))
+        if fringes is not None:
+            words += (
+                f" and {_listed(fringes.sigma * factors)} from fringes (geometric phase analysis of the largest "
+                f"lattice, averaged by a Gaussian of {length(fringes.resolution_px, self.pixel_m)})"
+            )
+        return _section("Strain", words + ".", _png(figure, "strain maps"))
+
+    def _strain_panels(self, ways: int) -> tuple[Figure, Any]:
+        """A figure and its axes [way][component]."""
+        flat = self.width > 2.2 * self.height
+        across, down = (ways, 4) if flat or ways == 1 else (4, ways)
+        if ways == 1 and not flat:
+            across, down = 2, 2
+        each = 10.4 / across - (0.9 if across < 4 else 0.55)
+        figure = Figure(
+            figsize=(10.4, float(np.clip(down * (each * self.height / self.width + 0.42), 1.6, 26.0))),
+            layout="constrained",
+        )
+        axes: Any = figure.subplots(down, across, squeeze=False)
+        return figure, axes.T if flat and ways > 1 else axes.reshape(ways, 4)
 
     def phases(self) -> str:
         found = self.found.phases
@@ -738,6 +778,11 @@ def _swatch(colour: str) -> str:
 
 class _Raw(str):
     """Text that is HTML already."""
+
+
+def _listed(noise: NDArray[Any]) -> str:
+    """Deviations of the three strains [%] and of the rotation [mrad]."""
+    return f"{noise[0]:.2g} %, {noise[1]:.2g} %, {noise[2]:.2g} % and {noise[3]:.2g} mrad"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], plain: bool = False) -> str:
