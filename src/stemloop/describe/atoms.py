@@ -471,6 +471,35 @@ def _believable(
     return good
 
 
+def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Columns, NDArray[np.bool_]]:
+    """Fit a Gaussian at each of the places that another finder gives, all of them together on a smooth background.
+
+    Parameters
+    ----------
+    image : as of :func:`find_columns`. position : (n, 2) (row, col) [px]. width_px : about how wide a column is [px].
+
+    Returns
+    -------
+    The columns, in the order of ``position``, and (n,) which of the fits are to be believed: not run away, not doubled,
+    not far too weak, wide or narrow.
+    """
+    pixels = _checked(image)
+    noise = _noise(pixels)
+    soft = gaussians.smooth(pixels, 0.5 * width_px)
+    start = _start(soft, np.asarray(position, dtype=np.float64), width_px, np.zeros((0, 4)))
+    if len(start) == 0:
+        return _columns(start, start), np.zeros(0, bool)
+    prior = _prior(start)
+    mesh = np.full((2, 2), np.percentile(pixels[::4, ::4], 10))
+    model = _fit(pixels, noise.variance(soft), start, mesh, width_px, _STEPS, prior)
+    variance = _doubted(pixels - model.image, noise.variance(model.image), width_px)
+    model = _fit(pixels, variance, model.columns, model.mesh, width_px, _STEPS, prior)
+    fit = _judged(model, variance, pixels, prior, draws=2)
+    near = np.hypot(*(fit.value[:, :2] - start[:, :2]).T) < 1.5 * width_px
+    good = _believable(fit, width_px, pixels.shape, expected=True) & near
+    return _columns(fit.value, fit.sigma, model.background(fit.value)), good
+
+
 def _columns(
     value: Floats, sigma: Floats, background: Floats | None = None, chance: Floats | None = None, vacant: Any = ()
 ) -> Columns:
