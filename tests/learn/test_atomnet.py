@@ -118,7 +118,7 @@ def test_what_is_far_from_the_training_set_is_novel():
     assert novelty(6 * rng.normal(size=40) @ mix, known) > 3
 
 
-SETTINGS = Settings(members=2, channels=(6, 8, 8), epochs=12, batch=4, rate=1e-2)
+SETTINGS = Settings(members=2, channels=(6, 8, 8), shared=0, epochs=10, batch=4, rate=1e-2)
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ Floats = NDArray[np.float64]
 #: How far the scale of an image may be misjudged: the largest ratio of a column's width to WIDTH, and its inverse.
 MISJUDGED = 1.6
 #: Examples that calibrate, and scenes of each kind that test.
-CALIBRATION, TEST = 240, 12
+CALIBRATION, TEST = 300, 8
 _LEARN, _CALIBRATE, _TEST = 0, 1, 2
 
 
@@ -74,10 +74,10 @@ def calibrated(network: Any, examples: Sequence[tuple[Example, str]], learnt: Se
         maps, features = answer(part)
         held_out.append(features)
         seen = join(maps)
-        inner = _inside(part.position)
+        inner = _deep(part.position, CLOSE, part.image.shape)
         true = np.zeros(len(seen.position), bool)
         true[assigned(seen.position, part.position, REACH)[0]] = True
-        judged = _inside(seen.position)
+        judged = _deep(seen.position, CLOSE, part.image.shape)
         found.append((kind, seen.chance[judged], true[judged], int(inner.sum())))
     chance = np.concatenate([f[1] for f in found])
     true = np.concatenate([f[2] for f in found])
@@ -93,8 +93,9 @@ def calibrated(network: Any, examples: Sequence[tuple[Example, str]], learnt: Se
     return {"line": line, "threshold": best_threshold(sets), "usual": known}
 
 
-def _inside(position: Floats) -> NDArray[np.bool_]:
-    return np.asarray(((position > CLOSE) & (position < SIDE - 1 - CLOSE)).all(axis=1))
+def _deep(position: Floats, edge: float, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Which places (n, 2) lie farther than ``edge`` [px] from the border of an image of ``shape``."""
+    return np.asarray(((position > edge) & (position < np.array(shape) - 1 - edge)).all(axis=1))
 
 
 def measured(network: AtomNetwork, seed: int, each: int) -> dict[str, dict[str, float]]:
@@ -106,12 +107,10 @@ def measured(network: AtomNetwork, seed: int, each: int) -> dict[str, dict[str, 
             hits = finds = total = 0
             pulls: list[Floats] = []
             for i in range(each):
-                made = scene(np.random.default_rng([seed, _TEST, number, i]), 96.0, kind)
+                made = scene(np.random.default_rng([seed, _TEST, number, i]), 64.0, kind)
                 columns = network.find(made.image, made.pixel_pm * 1e-3 if told else None).columns
                 edge = 3 * made.probe
-                size = np.array(made.image.shape) - 1
-                inner = ((made.position > edge) & (made.position < size - edge)).all(axis=1)
-                judged = ((columns.position > edge) & (columns.position < size - edge)).all(axis=1)
+                inner, judged = (_deep(p, edge, made.image.shape) for p in (made.position, columns.position))
                 mine, other = assigned(columns.position, made.position, 1.5 * made.probe)
                 finds, total = finds + int(judged.sum()), total + int(inner.sum())
                 hits += int((judged[mine] & inner[other]).sum())
@@ -136,10 +135,11 @@ def train_atoms(
     for i in range(examples):
         learnt.append(example(settings.seed, _LEARN, i)[0])
         report("simulating", i + 1, examples, 0.0)
-    members = train(learnt, settings, lambda m, i, n, value: report(f"member {m}", i, n, value))
+    members = train(learnt, settings, lambda m, i, n, value: report(f"member {m}" if m >= 0 else "all", i, n, value))
     network = ensemble(members)
     held_out = [example(settings.seed, _CALIBRATE, i) for i in range(CALIBRATION)]
     known = calibrated(network, held_out, learnt[: 2 * CALIBRATION])
+    report("calibrated", 1, 1, 0.0)
     known["usual"] = {k: np.asarray(v).round(6).tolist() for k, v in known["usual"].items()}
     card: dict[str, Any] = {
         "version": stemloop.__version__,
@@ -210,4 +210,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 #: Simulated images of the shipped training.
-EXAMPLES = 2000
+EXAMPLES = 3500

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from stemloop.core.errors import UnreadableFile
 from stemloop.core.structure import Columns
-from stemloop.describe import atoms
+from stemloop.describe import atoms, gaussians
 from stemloop.describe.sites import expected
 from stemloop.learn.atomnet import DIVISOR
 from stemloop.learn.atomnet_calibrate import Joined, believed, join, novelty
@@ -36,6 +36,9 @@ UNUSUAL = 3.0
 _COLUMN_SIGMA_NM = 0.045
 #: Widths [px] that are tried where neither a period nor a pixel size tells the scale.
 _LADDER = (1.3, 2.2, 3.8, 6.4)
+_WIDTHS = (0.9, 16.0)
+#: So many consistent columns in a part of the image settle the scale.
+_ENOUGH = 3.0
 #: A scale is right if the network finds columns there that are as wide as they should be, within this log ratio.
 _CONSISTENT = 0.35
 _TILE, _HALO = 512, 64
@@ -93,11 +96,11 @@ class AtomNetwork:
     def find(self, image: NDArray[Any], pixel_size_nm: float | None = None) -> Found:
         """Find and refine the columns of ``image`` (rows, columns).
 
-        The image is brought to the network's scale: by the period of its spectrum, else by ``pixel_size_nm``, else by
+        The image is brought to the network's scale: by ``pixel_size_nm``, else by the period of its spectrum, else by
         trying several. The network itself says how wide the columns are, which corrects the first guess. What the
         members see is matched; the calibrated mean of their chances decides what is a column. Every column is then
-        fitted as the classical finder does. Its deviation joins the fit's with what changes in the fit when it is done
-        with the columns of one member after the other: where members disagree on a neighbour, the place is doubtful.
+        fitted as the classical finder does. Its deviation joins the fit's with the ensemble's: where members disagree
+        on a neighbour, the place is doubtful.
         """
         pixels = atoms._checked(image)
         seen, exact, width, features = self._at_best_scale(pixels, pixel_size_nm)
@@ -106,48 +109,28 @@ class AtomNetwork:
         taken = (chance >= self.card["threshold"]) & ((place >= 0) & (place <= np.array(pixels.shape) - 1)).all(axis=1)
         start, members, chance = place[taken], seen.chance[taken], chance[taken]
         columns, good = atoms.refine(pixels, start, width)
-        inside = (columns.position >= columns.width[:, None]) & (
-            columns.position <= np.array(pixels.shape) - 1 - columns.width[:, None]
-        )
-        kept = good & inside.all(axis=1)
-        spread = self._disagreement(pixels, columns, members, good, width)
-        position = columns.position[kept]
-        vacant = expected(columns.position[good], pixels.shape, width).position
-        return Found(
-            replace(
-                columns,
-                position=position,
-                sigma=np.hypot(columns.sigma, spread)[kept],
-                amplitude=columns.amplitude[kept],
-                width=columns.width[kept],
-                sublattice=atoms.sublattices(columns.amplitude[kept]),
-                background=columns.background[kept],
-                p_present=chance[kept],
-                vacant=vacant,
-            ),
-            members[kept],
-            novelty(features, self.card["usual"]),
-            width,
-        )
+        sees = members[good] > 0.5 * members[good].max(axis=1, keepdims=True, initial=0)
+        columns, members, chance = _take(columns, good), members[good], chance[good]
+        spread = _disagreement(columns, sees, pixels.shape)
+        vacant = expected(columns.position, pixels.shape, width).position
+        wide = columns.width[:, None]
+        far = (columns.position >= wide) & (columns.position <= np.array(pixels.shape) - 1 - wide)
+        inside = np.asarray(far.all(axis=1))
+        columns = replace(columns, sigma=np.hypot(columns.sigma, spread), p_present=chance, vacant=vacant)
+        return Found(_take(columns, inside), members[inside], novelty(features, self.card["usual"]), width)
 
     # -------------------------------------------------------------------------------------------------- the scale
 
     def _at_best_scale(self, pixels: Floats, pixel_size_nm: float | None) -> tuple[Joined, Floats, float, Floats]:
         """What is seen at the scale at which the network agrees best with itself, the factors, the width, features."""
-        piece = _busiest(pixels, 384)
-        period = atoms._blob_width(pixels, atoms._noise(pixels), float("nan"))  # not a number where there is no period
-        guesses = [] if np.isnan(period) else [period]
-        guesses += [float(np.clip(_COLUMN_SIGMA_NM / pixel_size_nm, 0.95, 12))] if pixel_size_nm else []
-        best = (0.0, guesses[-1] if guesses else 2.5)
-        for guess in guesses:
-            best = max(best, self._tried(piece, guess))
-            if best[0] > 3:
+        piece = _busiest(pixels, 288)
+        best = (0.0, _COLUMN_SIGMA_NM / pixel_size_nm if pixel_size_nm else 2.5)
+        for guesses in _guesses(piece, pixel_size_nm):
+            for guess in guesses:
+                best = max(best, self._tried(piece, guess))
+            if best[0] > _ENOUGH:
                 break
-        else:
-            if not pixel_size_nm:
-                for guess in _LADDER:
-                    best = max(best, self._tried(piece, guess))
-        width = best[1]
+        width = float(np.clip(best[1], *_WIDTHS))
         small, exact = resampled(pixels, WIDTH / width)
         seen, features = self._seen(normalised(small))
         return seen, exact, width, features
@@ -165,7 +148,7 @@ class AtomNetwork:
             score = float(chance.sum() * np.exp(-0.5 * (off / _CONSISTENT) ** 2))
             if abs(off) < 0.15:
                 break
-            width = float(np.clip(width * np.exp(off), 0.8, 16))
+            width = float(np.clip(width * np.exp(off), *_WIDTHS))
         return score, width
 
     # ------------------------------------------------------------------------------------------------ the network
@@ -202,25 +185,12 @@ class AtomNetwork:
         stop = (start - (-image.shape[0] // CELL), start - (-image.shape[1] // CELL))
         return whole[:, :, start : stop[0], start : stop[1]], np.asarray(features / area)
 
-    def _disagreement(
-        self, pixels: Floats, columns: Columns, members: Floats, good: NDArray[np.bool_], width: float
-    ) -> Floats:
-        """(n, 2) deviation [px] of the columns' places over fits, each of the columns that one member sees."""
-        n, k = members.shape
-        sees = members > 0.5 * members.max(axis=1, keepdims=True, initial=0)
-        off, count = np.zeros((k, n, 2)), sees & good[:, None]
-        for member in range(k):
-            own = count[:, member]
-            if own.sum() in (0, good.sum()):
-                continue
-            again, fitted = atoms.refine(pixels, columns.position[own], width)
-            index = np.flatnonzero(own)
-            off[member, index[fitted]] = (again.position - columns.position[own])[fitted]
-            count[index[~fitted], member] = False
-        number = np.maximum(count.sum(axis=1), 1)[:, None]
-        weight = count.T[:, :, None]
-        mean = (off * weight).sum(axis=0) / number
-        return np.asarray(np.sqrt(((off - mean) ** 2 * weight).sum(axis=0) / number))
+
+def _take(columns: Columns, kept: NDArray[np.bool_]) -> Columns:
+    """The columns at ``kept``, their sublattices told anew."""
+    names = ("position", "sigma", "amplitude", "width", "background", "p_present")
+    parts = {name: getattr(columns, name)[kept] for name in names}
+    return replace(columns, **parts, sublattice=atoms.sublattices(parts["amplitude"]))
 
 
 @functools.lru_cache(maxsize=1)
@@ -228,10 +198,50 @@ def _shipped() -> AtomNetwork:
     return AtomNetwork()
 
 
+def _disagreement(columns: Columns, sees: NDArray[np.bool_], shape: tuple[int, ...]) -> Floats:
+    """(n, 2) deviation [px] of the columns' places over the members, which see (n, k) not all the same columns.
+
+    A member that does not see a neighbour would leave its Gaussian to the columns around it. How far that pulls a
+    column is the first step of its own fit towards that Gaussian.
+    """
+    value = np.column_stack([columns.position, columns.amplitude, np.log(columns.width)])
+    off = np.zeros((sees.shape[1], len(value), 2))
+    if sees.all():
+        return off.sum(axis=0)
+    reach = int(np.ceil(3.5 * float(np.median(columns.width))))
+    blocks = gaussians.normal(value, np.ones(shape), reach)
+    scale = np.sqrt(np.diagonal(blocks, axis1=1, axis2=2)) + 1e-150
+    blocks = blocks / (scale[:, :, None] * scale[:, None, :]) + 1e-6 * np.eye(4)
+    for member, own in enumerate(sees.T):
+        if own.all():
+            continue
+        left = np.zeros(shape)
+        alone = np.zeros_like(value)
+        alone[:, 2] = value[:, 2]
+        gaussians.paint(value[~own], alone[~own], reach, left)
+        pull = gaussians.gather(value, left, reach) / scale
+        off[member] = (np.linalg.solve(blocks, pull[:, :, None])[:, :, 0] / scale)[:, :2]
+    off = np.clip(off, -columns.width[:, None], columns.width[:, None])
+    weight = sees.T[:, :, None] / np.maximum(sees.sum(axis=1), 1)[None, :, None]
+    mean = (off * weight).sum(axis=0)
+    return np.asarray(np.sqrt(((off - mean) ** 2 * weight).sum(axis=0)))
+
+
 def _weighted_median(values: Floats, weight: Floats) -> float:
     order = np.argsort(values)
     total = np.cumsum(weight[order])
     return float(values[order][np.searchsorted(total, 0.5 * total[-1])])
+
+
+def _guesses(pixels: Floats, pixel_size_nm: float | None) -> Iterator[tuple[float, ...]]:
+    """Widths [px] to try, a few at a time: the pixel size tells one, the period another; without both, all."""
+    if pixel_size_nm:
+        yield (float(np.clip(_COLUMN_SIGMA_NM / pixel_size_nm, *_WIDTHS)),)
+    period = atoms._blob_width(pixels, atoms._noise(pixels), float("nan"))  # not a number where there is no period
+    if not np.isnan(period):
+        yield (period,)
+    if not pixel_size_nm:
+        yield _LADDER
 
 
 def _busiest(pixels: Floats, side: int) -> Floats:

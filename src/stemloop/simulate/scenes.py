@@ -21,14 +21,16 @@ from stemloop.simulate.pictures import PEAK_OF_DOSE, PLANES, Layout, jittered, j
 Floats = NDArray[np.float64]
 
 #: Kinds of scenes and how often each is drawn.
-KINDS = {"lattice": 0.42, "grains": 0.10, "particle": 0.12, "single atoms": 0.28, "nothing": 0.08}
+KINDS = {"lattice": 0.32, "grains": 0.08, "particle": 0.10, "single atoms": 0.35, "nothing": 0.15}
 #: Pixel sizes [pm], probe widths relative to that of the planes, and doses [e/A^2]; all even on a logarithmic scale.
 PIXEL_PM = (7.5, 34.0)
 PROBE = (0.85, 1.7)
-DOSE = (3e2, 3e5)
+DOSE = (5e2, 3e5)
 #: Nearest columns of a plane are at least so many widths apart: closer ones cannot be told apart by eye either.
 _RESOLVED = 2.7
 _LEAST_WIDTH_PX = 1.0
+#: A single atom's counts over their deviation within the probe are at least this: nobody could see a weaker one.
+_VISIBLE = 4.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ def scene(rng: np.random.Generator, side: float = 64.0, kind: str | None = None)
         columns = replace(columns, width=columns.width * (probe * pixel_pm / 45.0))
         columns, ground = _surrounded(rng, columns, probe, kind == "particle")
     counts = _log_uniform(rng, *DOSE) * (pixel_pm / 100) ** 2 * PEAK_OF_DOSE
-    image = _exposed(rng, columns, ground, counts, probe)
+    if kind == "single atoms":
+        counts = max(counts, _VISIBLE**2 * (0.5 + float(ground.mean())) / (np.pi * probe**2))
+    image = _exposed(rng, columns, ground, counts, probe, 2.5 if kind == "nothing" else 0.8)
     return Scene(image, columns.position, columns.width, columns.weight * counts, probe, pixel_pm, kind)
 
 
@@ -85,7 +89,8 @@ def _nearest_pm(plane: str) -> float:
     known = PLANES[plane]
     cells = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1], indexing="ij"), -1).reshape(-1, 2)
     places = (cells[:, None] + known.basis).reshape(-1, 2) @ known.vectors_pm
-    return float(cKDTree(places).query(known.basis @ known.vectors_pm, 2)[0][:, 1].min())
+    near = np.asarray(cKDTree(places).query(known.basis @ known.vectors_pm, 2)[0])
+    return float(near[:, 1].min())
 
 
 def _blank(shape: tuple[int, int], pixel_pm: float) -> Layout:
@@ -261,8 +266,11 @@ def _painted(columns: Layout, shift: Floats) -> Floats:
     return np.maximum(fft.irfft(turned, padded.shape[1], axis=1)[:, :cols], 0)
 
 
-def _exposed(rng: np.random.Generator, columns: Layout, ground: Floats, counts: float, probe: float) -> Floats:
-    """What the detector writes: ``counts`` is the mean at the top of a column of weight 1."""
+def _exposed(
+    rng: np.random.Generator, columns: Layout, ground: Floats, counts: float, probe: float, smoothest: float
+) -> Floats:
+    """What the detector writes: ``counts`` is the mean at the top of a column of weight 1, ``smoothest`` the strongest
+    smoothing, in widths of the probe."""
     rows = columns.shape[0]
     shift = np.zeros(rows)
     if rng.random() < 0.5:
@@ -280,6 +288,6 @@ def _exposed(rng: np.random.Generator, columns: Layout, ground: Floats, counts: 
         taken += rng.normal(0, _log_uniform(rng, 0.05, 1.0) * np.sqrt(mean.mean() + 0.1), taken.shape)
     if rng.random() < 0.15:  # a detector that glows after
         taken = ndimage.convolve1d(taken, np.array([0.0, 0.0, 1.0, a := rng.uniform(0.1, 0.6), a**2]), axis=1)
-    if rng.random() < 0.2:  # somebody smoothed it
-        taken = ndimage.gaussian_filter(taken, rng.uniform(0.3, 0.8) * probe)
+    if rng.random() < 0.25 * smoothest:  # somebody smoothed it
+        taken = ndimage.gaussian_filter(taken, rng.uniform(0.3, smoothest) * probe)
     return taken
