@@ -37,8 +37,11 @@ _COLUMN_SIGMA_NM = 0.045
 #: Widths [px] that are tried where neither a period nor a pixel size tells the scale.
 _LADDER = (1.3, 2.2, 3.8, 6.4)
 _WIDTHS = (0.9, 16.0)
+_WIDER = (1.6, 2.5)
+#: A period finer than this [px] is noise of the scan lines.
+_FINEST = 1.0
 #: So many consistent columns in a part of the image settle the scale.
-_ENOUGH = 3.0
+_ENOUGH = 30.0
 #: A scale is right if the network finds columns there that are as wide as they should be, within this log ratio.
 _CONSISTENT = 0.35
 _TILE, _HALO = 512, 64
@@ -123,7 +126,7 @@ class AtomNetwork:
 
     def _at_best_scale(self, pixels: Floats, pixel_size_nm: float | None) -> tuple[Joined, Floats, float, Floats]:
         """What is seen at the scale at which the network agrees best with itself, the factors, the width, features."""
-        piece = _busiest(pixels, 288)
+        piece = _busiest(pixels, 384)
         best = (0.0, _COLUMN_SIGMA_NM / pixel_size_nm if pixel_size_nm else 2.5)
         for guesses in _guesses(piece, pixel_size_nm):
             for guess in guesses:
@@ -187,10 +190,17 @@ class AtomNetwork:
 
 
 def _take(columns: Columns, kept: NDArray[np.bool_]) -> Columns:
-    """The columns at ``kept``, their sublattices told anew."""
-    names = ("position", "sigma", "amplitude", "width", "background", "p_present")
-    parts = {name: getattr(columns, name)[kept] for name in names}
-    return replace(columns, **parts, sublattice=atoms.sublattices(parts["amplitude"]))
+    """The columns at ``kept``."""
+    return replace(
+        columns,
+        position=columns.position[kept],
+        sigma=columns.sigma[kept],
+        amplitude=columns.amplitude[kept],
+        width=columns.width[kept],
+        sublattice=columns.sublattice[kept],
+        background=columns.background[kept],
+        p_present=columns.p_present[kept],
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -234,14 +244,15 @@ def _weighted_median(values: Floats, weight: Floats) -> float:
 
 
 def _guesses(pixels: Floats, pixel_size_nm: float | None) -> Iterator[tuple[float, ...]]:
-    """Widths [px] to try, a few at a time: the pixel size tells one, the period another; without both, all."""
-    if pixel_size_nm:
-        yield (float(np.clip(_COLUMN_SIGMA_NM / pixel_size_nm, *_WIDTHS)),)
+    """Widths [px] to try, a few at a time: the pixel size tells one, the period another; where neither settles it, a
+    probe that is wider than usual, or all."""
+    usual = _COLUMN_SIGMA_NM / pixel_size_nm if pixel_size_nm else 0.0
+    if usual:
+        yield (float(np.clip(usual, *_WIDTHS)),)
     period = atoms._blob_width(pixels, atoms._noise(pixels), float("nan"))  # not a number where there is no period
-    if not np.isnan(period):
+    if period > _FINEST:
         yield (period,)
-    if not pixel_size_nm:
-        yield _LADDER
+    yield tuple(float(np.clip(usual * part, *_WIDTHS)) for part in _WIDER) if usual else _LADDER
 
 
 def _busiest(pixels: Floats, side: int) -> Floats:
