@@ -74,7 +74,7 @@ def atoms_on_film(find, kind: str, scenes: int, told: bool) -> dict[str, float]:
     """Scenes of ``kind``: rates within one and a half widths of the probe, away from the border."""
     total = np.zeros(3, int)
     for number in range(scenes):
-        made = scene(np.random.default_rng([SEED, number]), 128.0, kind)
+        made = scene(np.random.default_rng([SEED, number]), 64.0, kind)
         columns = find(made.image, made.pixel_pm * 1e-3 if told else None)
         edge, size = 3 * made.probe, np.array(made.image.shape) - 1
         inner, judged = (((p > edge) & (p < size - edge)).all(axis=1) for p in (made.position, columns.position))

@@ -36,7 +36,7 @@ Floats = NDArray[np.float64]
 #: How far the scale of an image may be misjudged: the largest ratio of a column's width to WIDTH, and its inverse.
 MISJUDGED = 1.6
 #: Examples that calibrate, and scenes of each kind that test.
-CALIBRATION, TEST = 300, 8
+CALIBRATION, TEST = 300, 4
 _LEARN, _CALIBRATE, _TEST = 0, 1, 2
 
 

@@ -35,7 +35,7 @@ Floats = NDArray[np.float64]
 UNUSUAL = 3.0
 _COLUMN_SIGMA_NM = 0.045
 #: Widths [px] that are tried where neither a period nor a pixel size tells the scale.
-_LADDER = (1.3, 2.2, 3.8, 6.4)
+_LADDER = (2.2, 3.8, 6.4)
 _WIDTHS = (0.9, 16.0)
 _WIDER = (1.6, 2.5)
 #: A period finer than this [px] is noise of the scan lines.
@@ -44,6 +44,9 @@ _FINEST = 1.0
 _ENOUGH = 30.0
 #: A scale is right if the network finds columns there that are as wide as they should be, within this log ratio.
 _CONSISTENT = 0.35
+#: A column whose amplitude is less than so many of its deviations (for a Gaussian that ratio is width over the
+#: place's deviation) is believed only if its probability is above this: noise alone makes weak chances now and then.
+_SIGNIFICANT, _SURE = 4.0, 0.6
 _TILE, _HALO = 512, 64
 
 
@@ -118,7 +121,8 @@ class AtomNetwork:
         vacant = expected(columns.position, pixels.shape, width).position
         wide = columns.width[:, None]
         far = (columns.position >= wide) & (columns.position <= np.array(pixels.shape) - 1 - wide)
-        inside = np.asarray(far.all(axis=1))
+        plain = (columns.sigma < wide / _SIGNIFICANT).all(axis=1) | (chance > _SURE)
+        inside = np.asarray(far.all(axis=1) & plain)
         columns = replace(columns, sigma=np.hypot(columns.sigma, spread), p_present=chance, vacant=vacant)
         return Found(_take(columns, inside), members[inside], novelty(features, self.card["usual"]), width)
 
@@ -144,7 +148,7 @@ class AtomNetwork:
         for _ in range(2):
             seen, _ = self._seen(normalised(resampled(pixels, WIDTH / width)[0]))
             chance = believed(seen.chance, *self.card["line"])
-            chance = np.where(chance >= self.card["threshold"], chance, 0.0)
+            chance = np.where(chance >= max(0.5, self.card["threshold"]), chance, 0.0)
             if not chance.any():
                 return 0.0, width
             off = _weighted_median(seen.log_width, chance)
