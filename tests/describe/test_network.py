@@ -164,7 +164,7 @@ def test_the_weights_are_small():
 
 
 def test_single_platinum_atoms_of_real_images():
-    """Four images with human labels, none of which took part in the training or in any threshold."""
+    """Four images with human labels, none of which took part in the training or its threshold."""
     folder = DATA / "haadf" / "AtomDetection_ACSTEM"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there; set STEMLOOP_DATA")
