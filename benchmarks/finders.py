@@ -3,7 +3,7 @@
 Synthetic: the perovskite of ``columns.py`` at three pixel sizes and three doses; single atoms on an amorphous film, of
 a seed that no training uses; films without any atom. Recorded: four HAADF images of single Pt atoms on carbon with
 human labels (S. Mitchell et al., J. Am. Chem. Soc. (2022), doi:10.1021/jacs.1c12466), which took no part in the
-training, the calibration or the threshold of the probability; the rule which widths are tried was set with them in view.
+training, the calibration or the threshold of the probability; which widths are tried was set with them in view.
 
 Run: python benchmarks/finders.py [--data FOLDER]   (FOLDER holds haadf/AtomDetection_ACSTEM)
 """
