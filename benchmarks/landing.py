@@ -26,7 +26,7 @@ SHAPE = (128, 128)
 PER_BLOCK = 64
 GROUP = 28  # blocks a commit: 20 ms at 87,000 frames/s
 ELECTRONS = 200
-SCAN = (256, 256)
+SCAN = (512, 512)
 GOAL_FPS, GOAL_CORES, GOAL_SEAL = 87_000, 1.2, 3.0
 
 

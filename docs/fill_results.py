@@ -209,6 +209,48 @@ def stream(found: dict[str, Any]) -> str:
     return table(head, ((*(r[k] for k in keys), found["append_fdatasync_ms"]) for r in found["rates"]))
 
 
+def columns(found: dict[str, Any]) -> str:
+    rows = []
+    cases: dict[tuple[int, float, float], list[dict[str, Any]]] = {}
+    for case in found["cases"]:
+        cases.setdefault((case["size"], case["dose_per_A2"], case["pixel_pm"]), []).append(case)
+    for (size, dose, pixel_pm), group in cases.items():
+        for who in ("stemloop", "atomap"):
+            known = [case[who] for case in group if who in case]
+            if known:
+                many = {key: [one.get(key) for one in known] for key in known[0] | known[-1]}
+                rows.append(
+                    [
+                        size,
+                        f"{dose:.0e}",
+                        pixel_pm,
+                        who,
+                        span(many["precision"], percent_number),
+                        span(many["recall"], percent_number),
+                        span(many["rmse_A_over_bound"]),
+                        span(many["rmse_B_over_bound"]),
+                        span(many.get("within_one_sigma", []), percent_number),
+                        span(many["vacancies_filled"], percent_number),
+                        span(many["cpu_s"]),
+                        span(many["memory_MB"]),
+                    ]
+                )
+    head = (
+        "size [px] | dose [e/A^2] | pixel [pm] | program | precision [%] | recall [%] | error of A over the bound "
+        "| of B | within 1 sigma [%] | vacancies filled [%] | processor [s] | memory [MB]"
+    )
+    hours = [
+        f"{who}: {found[key]:.2g} hours"
+        for who in ("stemloop", "atomap")
+        if (key := f"{who}_cpu_hours_of_1000_frames_of_2048") in found
+    ]
+    return table(head, rows) + "\n\nA thousand frames of 2048 x 2048, on one processor: " + ", ".join(hours) + "."
+
+
+def percent_number(share: float) -> float:
+    return 100 * share
+
+
 def network(card: dict[str, Any]) -> str:
     quantities = ("v_mean", "v_diff", "v_xy", "phi_rad")
     parts = []
@@ -248,6 +290,7 @@ BENCHMARKS: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "energetics": (RESULTS / "energetics.json", energetics),
     "decision": (RESULTS / "decision.json", decision),
     "coverage": (RESULTS / "belief_coverage.json", coverage),
+    "columns": (RESULTS / "columns.json", columns),
     "control": (RESULTS / "control.json", control),
     "stream": (RESULTS / "stream_durable.json", stream),
 }

@@ -5,15 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stemloop.campaign.analysis import analyze
     from stemloop.instrument.aclient import aconnect
     from stemloop.instrument.client import connect
 
 __version__ = "0.1.0"
-__all__ = ["aconnect", "connect"]
+__all__ = ["aconnect", "analyze", "connect"]
 
 
 def __getattr__(name: str) -> Any:
-    """``connect`` and ``aconnect`` are fetched when they are first used, so that ``import stemloop`` costs nothing."""
+    """``analyze``, ``connect`` and ``aconnect`` are fetched when first used: ``import stemloop`` costs nothing."""
+    if name == "analyze":
+        from stemloop.campaign.analysis import analyze
+
+        return analyze
     if name == "connect":
         from stemloop.instrument.client import connect
 

@@ -9,7 +9,19 @@ import sys
 from collections.abc import Sequence
 
 from stemloop import __version__
-from stemloop.commands import audit, bench, convert, experiment, file, gateway, instrument, reduce, transfer
+from stemloop.commands import (
+    analyze,
+    audit,
+    bench,
+    convert,
+    experiment,
+    file,
+    gateway,
+    instrument,
+    library,
+    reduce,
+    transfer,
+)
 from stemloop.core.errors import InstrumentError, LeaseError, StemloopError
 
 
@@ -19,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"stemloop {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    for subject in (experiment, file, convert, transfer, reduce, instrument, gateway, audit, bench):
+    for subject in (experiment, file, convert, transfer, reduce, analyze, instrument, gateway, library, audit, bench):
         subject.add(verbs)
     return top
 

@@ -105,6 +105,64 @@ def test_a_live_stream_its_log_and_its_file_give_the_same_bits(file, tmp_path):
         assert found.tobytes() == live.result()[name].tobytes() == stored[name].tobytes(), name
 
 
+def test_a_file_stays_on_the_disk_and_gives_the_bits_of_the_array(file, tmp_path, monkeypatch):
+    data = np.load(file)
+    assert cli.main(["convert", str(file), str(tmp_path / "sealed.h5")]) == 0
+    with h5py.File(tmp_path / "plain.h5", "w") as plain:  # in RosettaSciIO's own form
+        group = plain.create_group("Experiments/scan")
+        plain.attrs.update(file_format="HyperSpy", file_format_version="3.3")
+        group.create_dataset("data", data=data, chunks=(1, 5, *FRAME))
+        for k, (name, size) in enumerate(zip(("y", "x", "ky", "kx"), data.shape, strict=True)):
+            axis = group.create_group(f"axis-{k}")
+            axis.attrs.update(name=name, size=size, scale=1.0, offset=0.0, units="", navigate=k < 2)
+            axis.attrs["_type"] = "UniformDataAxis"
+        for name in ("metadata", "original_metadata", "metadata/General", "metadata/Signal"):
+            group.create_group(name)
+        group["metadata/Signal"].attrs["signal_type"] = ""
+    (tmp_path / "plain.h5").rename(tmp_path / "plain.hspy")
+    names = ("patterns", "bf", "com")
+    wanted = reduction.reduce_scan(reduction.open_scan(file), names).maps
+    for name in ("sealed.h5", "plain.hspy"):
+        for block_bytes in (8 << 20, 5 * 2 * FRAME[0] * FRAME[1], 100_000):  # all, parts of a row, some rows
+            monkeypatch.setattr(reduction, "BLOCK_BYTES", block_bytes)
+            with reduction.open_scan(tmp_path / name) as opened:
+                assert isinstance(opened.data, reduction.Stored) and opened.shape == SCAN
+                firsts = [first for first, _ in opened.frames()]
+                found = reduction.reduce_scan(opened, names).maps
+            assert len(firsts) > (1 if block_bytes < 1 << 20 else 0)
+            for key, map_ in wanted.items():
+                assert found[key].tobytes() == map_.tobytes(), (name, key)
+
+
+def test_detectors_of_the_user_and_the_phase_from_segments(file, tmp_path, capsys):
+    mask = np.zeros(FRAME)
+    mask[10:20, 5:9] = 0.5
+    np.save(tmp_path / "mask.npy", mask)
+    out = tmp_path / "maps"
+    words = ["--semiangle-mrad", "20", "--energy-keV", "80", "--step-nm", "0.05", "--rotation-deg", "0"]
+    mine = ["--ring", "outer:30:50", "--mask", f"corner={tmp_path / 'mask.npy'}"]
+    folds = ["--fold", "dpc", "--fold", "segments", "--fold", "idpc"]
+    assert cli.main(["reduce", str(file), "--out", str(out), *words, *mine, *folds]) == 0
+    data, summary = np.load(file), json.loads((out / "summary.json").read_text())
+    with h5py.File(out / "maps.h5") as maps:
+        assert np.allclose(maps["corner"][()], (data * mask).sum((2, 3)))
+        y, x = np.indices(FRAME)
+        centre = summary["disk_centre_px"]
+        angle = np.hypot(y - centre[0], x - centre[1]) * summary["pixel_rad"]
+        edge = summary["pixel_rad"]  # the rings cut pixels in parts
+        inside, near = ((angle > 0.03 + sign * edge) & (angle < 0.05 - sign * edge) for sign in (1, -1))
+        assert ((data * inside).sum((2, 3)) <= maps["outer"][()]).all()
+        assert ((data * near).sum((2, 3)) >= maps["outer"][()]).all()
+        halves = [maps[name][()] for name in reduction.SEGMENTS]
+        assert np.allclose(sum(halves), (data * (angle < 1.2 * 0.02)).sum((2, 3)), rtol=0.05)
+        # the disk moves as a whole: both ways see the same phase
+        both = np.corrcoef(maps["idpc_phase"][()].ravel(), maps["dpc_phase"][()].ravel())[0, 1]
+        assert both > 0.95 and maps["idpc_phase"].attrs["unit"] == "rad"
+    for wrong in (["--ring", "outer"], ["--mask", "m"], ["--mask", "m=nowhere.npy"], ["--ring", "bf:1:2"]):
+        assert cli.main(["reduce", str(file), "--out", str(out), *words, *wrong]) == 2
+    assert "cannot be called 'bf'" in capsys.readouterr().err
+
+
 def test_values_that_are_no_counts_are_rounded_and_lose_their_deviations(tmp_path):
     values = scan().astype(np.float32) * 0.37 - 0.001
     np.save(tmp_path / "floats.npy", values)
@@ -177,7 +235,9 @@ def test_a_real_merlin_recording_shows_its_hot_pixel(tmp_path):
     row, column = np.unravel_index(maps["maximum_pattern"].argmax(), opened.frame)
     # the file's name gives it from the left and, as the recorder counts rows, from the top or from the bottom
     assert column == 52 and row in (39, 128 - 1 - 39)
-    assert np.array_equal(maps["sum_pattern"], np.asarray(opened.data).sum((0, 1), dtype=np.int64))
+    frames = np.concatenate([frames for _, frames in opened.frames()])
+    opened.close()
+    assert np.array_equal(maps["sum_pattern"], frames.sum(0, dtype=np.int64))
 
 
 @real

@@ -148,7 +148,11 @@ def test_one_population_is_one_sublattice():
     ("image", "says"),
     [
         (np.full((64, 64), 3.0), "nothing to find"),
-        (np.where(np.eye(64) > 0, np.nan, 1.0), "not finite"),
+        (np.where(np.eye(64) > 0, np.nan, 1.0), "nothing to find"),
+        (np.where(np.arange(64) < 50, np.nan, np.ones((64, 1))), "not finite"),
+        (np.zeros((1, 1)), "at least 16"),
+        (np.zeros((0, 0)), "at least 16"),
+        (np.zeros((64, 64, 3), dtype=np.uint8), "colour picture.*mean"),
         (np.zeros((8, 80)), "at least 16"),
         (np.zeros((4, 64, 64)), "at least 16"),
         (np.zeros((64, 64), dtype=complex), "real numbers"),

@@ -8,7 +8,7 @@ from stemloop.core.errors import InputError
 from stemloop.core.protocols import Camera
 from stemloop.reduce.disks import Template
 from stemloop.reduce.engine import reduce
-from stemloop.reduce.orientation import Matcher, OrientationMap, reflections
+from stemloop.reduce.orientation import Matcher, OrientationMap, _stamp, reflections
 
 CAMERA = Camera((96, 96), 0.9e-3, (47.6, 48.2))
 FCC = [[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]
@@ -94,6 +94,25 @@ def test_known_orientations_are_recovered_under_noise_with_calibrated_deviations
     # a pattern can have two explanations, and then it is said; otherwise at most one in ten goes astray
     assert wrong <= 1 and unsure <= 3 and len(z) >= 11
     assert np.all(np.abs(z) < 5) and 0.65 < z.std() < 1.35  # about 35 numbers
+
+
+def test_strengths_that_the_model_does_not_know_cost_certainty():
+    # as in a thick crystal: every spot is wrong by a factor of its own; noise is then the lesser evil
+    rng = np.random.default_rng(4)
+    astray, sure = 0, 0
+    for rotation in Rotation.random(10, random_state=2).as_matrix():
+        places, strength = MATCHER.spots(rotation)
+        image = np.zeros(CAMERA.shape)
+        template = MATCHER.template
+        _stamp(places, strength * rng.lognormal(0, 0.8, len(strength)), template.fine, template.half, image)
+        found = MATCHER.match(rng.poisson(400 * image + 0.5))
+        wrong = MATCHER.misorientation(found.rotation, rotation) > np.deg2rad(2)
+        if found.ambiguity < 0.1:
+            sure += 1
+            astray += wrong
+            angles = np.abs(difference(found.rotation, rotation)) if not wrong else np.zeros(3)
+            assert (angles < 5 * found.sigma_rad).all()
+    assert astray == 0 and sure >= 3
 
 
 def test_a_zone_axis_pattern_has_a_twin():

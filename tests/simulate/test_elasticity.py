@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from stemloop.simulate.elasticity import Uniform, long_waves, relax, strain_and_rotation
+from stemloop.simulate.elasticity import EdgeDislocation, Uniform, long_waves, relax, strain_and_rotation
 
 BOX, N = 200.0, 200
 
@@ -71,3 +71,15 @@ def test_uniform_strain_follows_the_convention_of_core():
     assert rotation[0] == pytest.approx(0.004)
     # positive rotation turns +x towards +y
     assert Uniform(rotation_rad=0.004).displacement(np.array([[0.0, 1.0]]))[0, 0] == pytest.approx(0.004)
+
+
+def test_an_edge_dislocation_has_its_burgers_vector_and_its_gradient():
+    core, burgers = (3.0, -2.0), (1.5, 2.5)
+    field = EdgeDislocation(core, burgers, poisson=0.3)
+    angle = np.linspace(-np.pi, np.pi, 4001)[1:-1] + np.arctan2(burgers[0], burgers[1])
+    loop = np.array(core) + 7.0 * np.column_stack([np.sin(angle), np.cos(angle)])  # from +x towards +y
+    np.testing.assert_allclose(field.displacement(loop)[-1] - field.displacement(loop)[0], burgers, atol=5e-3)
+    points = np.random.default_rng(0).uniform(-9, 9, (20, 2))
+    step = 1e-5 * np.eye(2)
+    slope = [(field.displacement(points + s) - field.displacement(points - s)) / 2e-5 for s in step]
+    np.testing.assert_allclose(field.gradient(points), np.stack(slope, axis=-1), atol=1e-6)

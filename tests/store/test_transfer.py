@@ -2,6 +2,7 @@ import hashlib
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -249,6 +250,43 @@ def test_a_receiver_takes_nothing_from_strangers(tmp_path, receiver):
     with pytest.raises(InputError, match="https"):
         transfer.Receiver("http://example.org", TOKEN)
     assert not (tmp_path / "evil").exists() and not list((tmp_path).glob("there/*"))
+
+
+def test_the_two_commands_speak_over_tls(tmp_path):
+    """A receiver as its own process with a certificate; whoever does not trust it sends nothing."""
+    from stemloop.instrument.tls import self_signed
+
+    certificate, key = self_signed(tmp_path / "keys", ["127.0.0.1"])
+    stranger, _ = self_signed(tmp_path / "others", ["127.0.0.1"])
+    (tmp_path / "token").write_text(TOKEN + "\n")
+    (tmp_path / "run.h5").write_bytes(content(3 * CHUNK + 7))
+    with socket.socket() as line:
+        line.bind(("127.0.0.1", 0))
+        port = line.getsockname()[1]
+    words = [sys.executable, "-m", "stemloop.cli", "receive", tmp_path / "there", "--token-file", tmp_path / "token"]
+    keys = ["--port", str(port), "--tls-cert", certificate, "--tls-key", key]
+    with subprocess.Popen([str(word) for word in [*words, *keys]], stderr=subprocess.PIPE) as process:
+        try:
+            until = time.monotonic() + 60
+            while time.monotonic() < until:
+                assert process.poll() is None, process.stderr.read()
+                try:
+                    socket.create_connection(("127.0.0.1", port), 1).close()
+                    break
+                except OSError:
+                    time.sleep(0.05)
+            address, source = f"https://127.0.0.1:{port}", tmp_path / "run.h5"
+            with pytest.raises(StorageError, match="certificate"):
+                transfer.transfer(source, address, token=TOKEN, ca=str(stranger))
+            with pytest.raises(NotAuthorised):
+                transfer.transfer(source, address, token="a token of someone else", ca=str(certificate))
+            assert not list((tmp_path / "there").glob("*.h5"))
+            words = ["transfer", str(source), address, "--token-file", str(tmp_path / "token"), "--quiet"]
+            assert cli.main([*words, "--ca", str(certificate)]) == 0
+            assert (tmp_path / "there/run.h5").read_bytes() == source.read_bytes()
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(20)
 
 
 def test_a_receiver_that_is_gone_is_a_clear_error(tmp_path):

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stemloop.core.errors import InputError, IntegrityError, UnreadableFile
-from stemloop.core.protocols import Encoded
+from stemloop.core.protocols import Block, Encoded
 from stemloop.core.spans import Span
 from stemloop.store import files, pipelines, sealing
 from stemloop.store.sealed import Sealed
@@ -28,6 +28,11 @@ def decode(block: Encoded) -> NDArray[Any]:
     dtype = np.dtype(block.dtype)
     if block.codec in pipelines.KNOWN:
         return pipelines.unpack(block.payload, (block.n, *block.shape), dtype, block.codec)
+    return _block(block).dense().astype(dtype, copy=False)
+
+
+def _block(block: Encoded) -> Block:
+    """What is in a block of a codec of ``stream``."""
     from stemloop.stream import codec  # compiled kernels: loaded only where a block needs them
 
     found = codec.decode(block.payload)
@@ -36,7 +41,20 @@ def decode(block: Encoded) -> NDArray[Any]:
             f"a block of stream {block.stream!r} holds {found.frames} frames of {found.shape}, not {block.n} of "
             f"{block.shape}."
         )
-    return found.dense().astype(dtype, copy=False)
+    return found
+
+
+def pack(block: Encoded, rows: int) -> bytes | None:
+    """The deflated chunk of ``rows`` frames of a block of electron events, without making the frames; None for any
+    other block."""
+    if block.codec in pipelines.KNOWN:
+        return None
+    from stemloop.stream.deflated import deflated
+    from stemloop.stream.events import EventBlock
+    from stemloop.stream.gaps import GapBlock
+
+    found = _block(block)
+    return deflated(EventBlock.of(found), block.dtype, rows) if isinstance(found, EventBlock | GapBlock) else None
 
 
 def seal_log(
@@ -67,7 +85,7 @@ def write(path: str, log: str, folder: Path) -> dict[str, dict[str, Any]]:
     with LandingLog(log, readonly=True) as source:
         lost = {stream: list(account.lost) for stream, account in source.ledger().items() if account.lost}
         known = replace(known, lost=lost, run={"id": source.run, **known.run})
-        return sealing.write(path, source, known, decode)
+        return sealing.write(path, source, known, decode, pack)
 
 
 # ----------------------------------------------------------------------------------------- either kind of file

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import html
 import json
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,21 @@ from stemloop.campaign.report import _STYLE
 from stemloop.core import units
 from stemloop.core.errors import InputError, StorageError, UnknownName
 from stemloop.core.protocols import Block, Camera, Fold
-from stemloop.core.signal import Signal
 from stemloop.reduce import dpc
-from stemloop.reduce.detectors import Patterns, Radial, Virtual, find_disk, standard
+from stemloop.reduce.detectors import Patterns, Radial, Virtual, find_disk, ring, segments, standard
 from stemloop.reduce.disks import Template
 from stemloop.reduce.engine import Maps, reduce
 from stemloop.reduce.ptychography import SingleSideband
 from stemloop.reduce.strain import StrainMap, reference_lattice
+from stemloop.store.lazy import Found, Opened
 from stemloop.store.readers import read
 from stemloop.stream.dense import DenseBlock
 from stemloop.stream.events import EventBlock
 
 #: What ``--fold`` may name.
-FOLDS = ("patterns", "bf", "abf", "adf", "haadf", "com", "dpc", "radial", "strain", "ssb")
+FOLDS = ("patterns", "bf", "abf", "adf", "haadf", "segments", "com", "dpc", "idpc", "radial", "strain", "ssb")
+#: Quadrants of the bright disk.
+SEGMENTS = ("segment_right", "segment_down", "segment_left", "segment_up")
 #: What is made when nothing is named.
 USUAL = ("patterns", "bf", "abf", "adf", "haadf", "com", "dpc")
 #: Dense bytes of a block.
@@ -44,16 +47,34 @@ SPARSE = 0.05
 LEVELS = 2**20
 
 
+class Stored:
+    """The frames of an open recorded file, of ``shape`` (scan_y, scan_x, det_y, det_x): never all in memory."""
+
+    def __init__(self, opened: Opened, which: int) -> None:
+        self._opened, self._which = opened, which
+        found = opened.found[which]
+        self.shape = found.shape if len(found.shape) == 4 else (1, *found.shape)
+        self.dtype = found.dtype
+
+    def frames(self, step: int) -> Iterator[tuple[int, NDArray[Any]]]:
+        """(first position, frames), about ``step`` frames at a time."""
+        return self._opened.frames(self._which, step)
+
+    def close(self) -> None:
+        """End the reader."""
+        self._opened.close()
+
+
 @dataclass(frozen=True)
 class Scan:
-    """A recorded scan: ``data`` (scan_y, scan_x, det_y, det_x), read from the disk where it is touched.
+    """A recorded scan: ``data`` (scan_y, scan_x, det_y, det_x), an array or what an open file gives piece by piece.
 
     pixel_rad, step_m (y, x), energy_eV, semiangle_rad : what the file or the user tells, or None. quantum : what one
     count of the blocks stands for (1 for whole counts); 0 < quantum != 1 means that the values were rounded to it.
     """
 
     name: str
-    data: NDArray[Any]
+    data: NDArray[Any] | Stored
     pixel_rad: float | None = None
     step_m: tuple[float, float] | None = None
     energy_eV: float | None = None
@@ -73,12 +94,31 @@ class Scan:
 
     def blocks(self) -> Iterator[tuple[int, Block]]:
         """(first position, block) through the whole scan, a few megabytes at a time, dense or as events."""
-        flat = self.data.reshape(-1, *self.frame)
-        step = max(1, BLOCK_BYTES // (self.frame[0] * self.frame[1] * flat.dtype.itemsize))
-        for first in range(0, len(flat), step):
-            frames = self._counts(np.asarray(flat[first : first + step]))
+        for first, found in self.frames():
+            frames = self._counts(found)
             sparse = np.count_nonzero(frames) < SPARSE * frames.size
             yield first, EventBlock.from_dense(frames) if sparse else DenseBlock(frames)
+
+    def frames(self) -> Iterator[tuple[int, NDArray[Any]]]:
+        """(first position, frames (n, det_y, det_x)) as the file has them, a few megabytes at a time."""
+        step = max(1, BLOCK_BYTES // (self.frame[0] * self.frame[1] * self.data.dtype.itemsize))
+        if isinstance(self.data, Stored):
+            yield from self.data.frames(step)
+            return
+        flat = self.data.reshape(-1, *self.frame)
+        for first in range(0, len(flat), step):
+            yield first, np.asarray(flat[first : first + step])
+
+    def close(self) -> None:
+        """End the file's reader, if there is one. Closing twice is harmless."""
+        if isinstance(self.data, Stored):
+            self.data.close()
+
+    def __enter__(self) -> Scan:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _counts(self, frames: NDArray[Any]) -> NDArray[Any]:
         if frames.dtype.kind in "bu":
@@ -90,29 +130,53 @@ class Scan:
 def open_scan(path: Path, memory_MB: float = 2048.0, **known: float | None) -> Scan:
     """The scan in a file that a reader of ``store`` takes: its 4D-STEM signal, or a stack of frames as one row.
 
+    Vendor files stay open in a child process that reads only what is folded: use the scan as a context, or close it.
+
     ``known`` overrides what the file says: ``pixel_rad``, ``step_m``, ``energy_eV``, ``semiangle_rad``.
     """
-    found = read(path, timeout_s=600.0, memory_MB=memory_MB, mapped=True)
-    signals = [s for s in found if s.data.ndim in (3, 4) and not any(a.name.startswith("energy") for a in s.axes)]
-    if not signals:
-        raise InputError(f"{path.name} holds no 4D-STEM data: frames of a scan (4 dimensions) or a stack of them (3).")
-    signal = max(signals, key=lambda s: (s.data.ndim, s.data.size))
-    data = signal.data if signal.data.ndim == 4 else signal.data[None]
-    if data.dtype.kind not in "buif" or min(data.shape) < 1:
-        raise InputError(f"{path.name} holds {data.dtype} of {data.shape}; frames are real numbers.")
-    energy = known.get("energy_eV") or signal.metadata.get("beam_energy_eV")
+    if path.suffix.lower() == ".npy":
+        signal = read(path, mapped=True)[0]
+        found = [Found(signal.data.shape, signal.data.dtype, signal.axes, signal.metadata)]
+        which = _scan_of(path.name, found)
+        return _described(path.name, signal.data if signal.data.ndim == 4 else signal.data[None], found[which], known)
+    opened = Opened(path, timeout_s=600.0, memory_MB=memory_MB)
+    try:
+        which = _scan_of(path.name, opened.found)
+        return _described(path.name, Stored(opened, which), opened.found[which], known)
+    except BaseException:
+        opened.close()
+        raise
+
+
+def _scan_of(name: str, found: Sequence[Found]) -> int:
+    """Which of a file's datasets is the scan."""
+    frames = [
+        k
+        for k, one in enumerate(found)
+        if len(one.shape) in (3, 4) and not any(axis.name.startswith("energy") for axis in one.axes)
+    ]
+    if not frames:
+        raise InputError(f"{name} holds no 4D-STEM data: frames of a scan (4 dimensions) or a stack of them (3).")
+    which = max(frames, key=lambda k: (len(found[k].shape), math.prod(found[k].shape)))
+    if found[which].dtype.kind not in "buif" or min(found[which].shape) < 1:
+        raise InputError(f"{name} holds {found[which].dtype} of {found[which].shape}; frames are real numbers.")
+    return which
+
+
+def _described(name: str, data: NDArray[Any] | Stored, found: Found, known: dict[str, float | None]) -> Scan:
+    energy = known.get("energy_eV") or found.metadata.get("beam_energy_eV")
     scan = Scan(
-        path.name,
+        name,
         data,
-        known.get("pixel_rad") or _pixel_rad(signal, energy),
-        _step(signal, known.get("step_m")),
+        known.get("pixel_rad") or _pixel_rad(found, energy),
+        _step(found, known.get("step_m")),
         energy,
-        known.get("semiangle_rad") or signal.metadata.get("semiangle_rad"),
+        known.get("semiangle_rad") or found.metadata.get("semiangle_rad"),
     )
     return _whole(scan)
 
 
-def _pixel_rad(signal: Signal, energy_eV: float | None) -> float | None:
+def _pixel_rad(signal: Found, energy_eV: float | None) -> float | None:
     axis = signal.axes[-1]
     scale = abs(axis.scale)
     if axis.unit == "rad":
@@ -124,10 +188,10 @@ def _pixel_rad(signal: Signal, energy_eV: float | None) -> float | None:
     return None
 
 
-def _step(signal: Signal, known: float | None) -> tuple[float, float] | None:
+def _step(signal: Found, known: float | None) -> tuple[float, float] | None:
     if known:
         return known, known
-    if signal.data.ndim == 4 and all(axis.unit == "m" for axis in signal.axes[:2]):
+    if len(signal.shape) == 4 and all(axis.unit == "m" for axis in signal.axes[:2]):
         return abs(signal.axes[0].scale), abs(signal.axes[1].scale)
     return None
 
@@ -137,10 +201,8 @@ def _whole(scan: Scan) -> Scan:
     if scan.data.dtype.kind in "bu":
         return scan
     top, bottom, whole = 0.0, 0.0, True
-    flat = scan.data.reshape(-1, *scan.frame)
-    step = max(1, BLOCK_BYTES // (scan.frame[0] * scan.frame[1] * 8))
-    for first in range(0, len(flat), step):
-        part = np.nan_to_num(np.asarray(flat[first : first + step], dtype=np.float64), posinf=0, neginf=0)
+    for _, frames in scan.frames():
+        part = np.nan_to_num(frames.astype(np.float64), posinf=0, neginf=0)
         top, bottom = max(top, float(part.max())), min(bottom, float(part.min()))
         whole = whole and bool(np.all(part == np.rint(part)))
     notes = []
@@ -171,12 +233,18 @@ def reduce_scan(
     threads: int = 1,
     client: Any = None,
     rotation_rad: float | None = None,
+    C10_m: float = 0.0,
+    rings: Mapping[str, tuple[float, float]] | None = None,
+    masks: Mapping[str, NDArray[Any]] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Reduced:
     """Reduce a scan in two passes: the patterns, in which the bright disk is found, then everything else.
 
-    names : of :data:`FOLDS`. rotation_rad : of the camera against the scan; found from the field's curl if None (only
-    used for ``dpc`` and ``ssb``). progress : called with (pass, positions done, of how many).
+    names : of :data:`FOLDS`; ``segments`` are the four quadrants of the bright disk (right, down, left, up), ``idpc``
+    the phase from them. rotation_rad : of the camera against the scan; found from the field's curl if None (only used
+    for ``dpc``, ``idpc`` and ``ssb``). C10_m : defocus that ``ssb`` undoes. rings, masks : further detectors by name,
+    as (inner, outer) angles [rad] and as weights (rows, columns). progress : called with (pass, positions done, of how
+    many).
     """
     if unknown := [name for name in names if name not in FOLDS]:
         raise UnknownName(f"unknown fold {unknown[0]!r}; known: {', '.join(FOLDS)}.")
@@ -205,20 +273,24 @@ def reduce_scan(
         "beam_energy_eV": scan.energy_eV,
         "notes": [*scan.notes, *([guessed] if guessed else [])],
     }
-    folds = _folds(scan, names, camera, semiangle, patterns["mean_pattern"] * scan.shape[0] * scan.shape[1])
+    own = _detectors(camera, angle_unit, rings or {}, masks or {})
+    folds = _folds(scan, names, camera, semiangle, own, patterns["mean_pattern"] * scan.shape[0] * scan.shape[1])
     maps = dict(patterns) if "patterns" in names else {}
     maps |= go("maps", folds) if folds else {}
-    if "dpc" in names or "ssb" in names:
+    if {"dpc", "idpc", "ssb"} & set(names):
         found, more = _differential(scan, maps, rotation_rad, angle_unit)
         maps |= found if "dpc" in names else {}
         summary |= more
+    if "idpc" in names:
+        maps |= _from_segments(scan, maps, semiangle, summary["rotation_rad"], angle_unit)
     if "ssb" in names:
         if scan.step_m is None or scan.energy_eV is None or angle_unit == "px":
             raise InputError("ssb needs the scan's step, the energy and the angle of a pixel or the semiangle.")
         turn = summary["rotation_rad"]
-        maps |= go("ssb", SingleSideband(camera, semiangle, scan.step_m, scan.energy_eV, rotation_rad=turn))
+        maps |= go("ssb", SingleSideband(camera, semiangle, scan.step_m, scan.energy_eV, C10_m, turn))
     if scan.quantum != 1.0:
-        maps = {name: _rescaled(name, found, scan.quantum) for name, found in maps.items() if "_sigma" not in name}
+        summed = {"bf", "abf", "adf", "haadf", "radial", "counts", *SEGMENTS, *own}
+        maps = {n: _rescaled(n, found, scan.quantum, summed) for n, found in maps.items() if "_sigma" not in n}
     return Reduced(maps, {name: _unit(name, angle_unit, scan) for name in maps}, summary)
 
 
@@ -232,13 +304,20 @@ def _calibrated(scan: Scan, radius_px: float) -> tuple[float, str, str]:
 
 
 def _folds(
-    scan: Scan, names: Sequence[str], camera: Camera, semiangle_rad: float, total: NDArray[np.float64]
+    scan: Scan,
+    names: Sequence[str],
+    camera: Camera,
+    semiangle_rad: float,
+    own: Maps,
+    total: NDArray[np.float64],
 ) -> list[Fold]:
     folds: list[Fold] = []
-    masks = standard(camera, semiangle_rad)
-    if wanted := {name: mask for name, mask in masks.items() if name in names}:
+    wanted = {name: mask for name, mask in standard(camera, semiangle_rad).items() if name in names} | own
+    if {"segments", "idpc"} & set(names):
+        wanted |= dict(zip(SEGMENTS, segments(camera, 0.0, 1.2 * semiangle_rad, 4, -np.pi / 4), strict=True))
+    if wanted:
         folds.append(Virtual(wanted))
-    if {"com", "dpc", "ssb"} & set(names):
+    if {"com", "dpc", "idpc", "ssb"} & set(names):
         folds.append(dpc.CentreOfMass(camera))
     if "radial" in names:
         edge = min(*camera.centre_px, *(n - 1 - c for n, c in zip(camera.shape, camera.centre_px, strict=True)))
@@ -247,6 +326,35 @@ def _folds(
         template = Template.disk(semiangle_rad / camera.pixel_rad)
         folds.append(StrainMap(template, reference_lattice(total, template)))
     return folds
+
+
+def _detectors(
+    camera: Camera, angle_unit: str, rings: Mapping[str, tuple[float, float]], masks: Mapping[str, NDArray[Any]]
+) -> Maps:
+    """The user's own detectors, which must not take a name that is given."""
+    if rings and angle_unit == "px":
+        raise InputError("rings in mrad need a calibrated detector: give --pixel-mrad or --semiangle-mrad.")
+    if taken := sorted((set(rings) | set(masks)) & {*FOLDS, *SEGMENTS, "counts"} | set(rings) & set(masks)):
+        raise InputError(f"a detector cannot be called {taken[0]!r}; take another name.")
+    return {name: ring(camera, *angles) for name, angles in rings.items()} | dict(masks)
+
+
+def _from_segments(
+    scan: Scan, maps: Maps, semiangle_rad: float, rotation_rad: float, angle_unit: str
+) -> dict[str, NDArray[Any]]:
+    """The phase from the quadrants, turned like that from the centre of mass and without its descan plane."""
+    quadrants = np.stack([maps[name] for name in SEGMENTS])
+    y, x, sigma_y, sigma_x = dpc.quadrant_deflection(quadrants, semiangle_rad)
+    y, x = (np.where(np.isfinite(v), v, np.nanmean(v)) for v in (y, x))
+    y, x, _ = dpc.descan(y, x, 1 if min(scan.shape) >= 3 else 0)
+    y, x = dpc.turn(y, x, rotation_rad)
+    if scan.step_m and scan.energy_eV and angle_unit == "rad":
+        sigma = [np.nan_to_num(v) for v in (sigma_y, sigma_x)]
+        return {
+            "idpc_phase": dpc.phase(y, x, scan.step_m, scan.energy_eV),
+            "idpc_phase_sigma": dpc.phase_sigma(sigma[0], sigma[1], scan.step_m, scan.energy_eV),
+        }
+    return {"idpc_phase": dpc.integrate(y, x, 1.0)}
 
 
 def _differential(scan: Scan, maps: Maps, rotation_rad: float | None, angle_unit: str) -> tuple[Maps, dict[str, Any]]:
@@ -272,16 +380,15 @@ def _differential(scan: Scan, maps: Maps, rotation_rad: float | None, angle_unit
     return found, summary
 
 
-def _rescaled(name: str, found: NDArray[Any], quantum: float) -> NDArray[Any]:
+def _rescaled(name: str, found: NDArray[Any], quantum: float, sums: set[str]) -> NDArray[Any]:
     """Sums of rounded values in the file's own unit."""
     power = 2 if name == "variance_pattern" else 1
-    summed = name.endswith("_pattern") or name in ("bf", "abf", "adf", "haadf", "radial", "counts")
-    return found * quantum**power if summed else found
+    return found * quantum**power if name.endswith("_pattern") or name in sums else found
 
 
 def _unit(name: str, angle: str, scan: Scan) -> str:
     counts = "counts" if scan.quantum == 1.0 else "the file's own"
-    if name in ("dpc_phase", "dpc_phase_sigma"):
+    if name in ("dpc_phase", "dpc_phase_sigma", "idpc_phase", "idpc_phase_sigma"):
         return "rad" if scan.step_m and scan.energy_eV and angle == "rad" else f"{angle} x positions"
     if name.startswith(("com_", "dpc_", "radial_angle")):
         return angle

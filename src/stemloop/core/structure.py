@@ -82,7 +82,9 @@ class Columns:
     position : (n, 2) as (row, col) [px]. sigma : (n, 2) their 1-sigma deviations [px].
     amplitude : (n,) and width : (n,) [px] of the fitted Gaussians. sublattice : (n,) int (0 is the brightest).
     background : (n,) intensity under each column; p_present : (n,) probability that a column is there at all.
-    vacant : (m, 2) places [px] where the columns around expect one and none is. These may be left out.
+    vacant : (m, 2) places [px] where the columns around expect one and none is. measured : (n,) share of the pixels of
+    each column's core that count, neither missing nor saturated; under 1 the column is known by its rest. These may be
+    left out.
     """
 
     position: NDArray[np.float64]
@@ -93,6 +95,7 @@ class Columns:
     background: NDArray[np.float64] = field(default_factory=_empty)
     p_present: NDArray[np.float64] = field(default_factory=_empty)
     vacant: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 2)))
+    measured: NDArray[np.float64] = field(default_factory=_empty)
 
     def __len__(self) -> int:
         return len(self.position)

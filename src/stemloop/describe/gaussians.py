@@ -2,8 +2,8 @@
 
 A column is (row, column, amplitude A, ln w); its Gaussian ``g = exp(-r^2 / 2 w^2)`` lives on a square of ``reach``
 pixels around its nearest pixel. The derivatives of ``A g`` by the four parameters are, with ``p = 1/w^2``,
-``A g dy p``, ``A g dx p``, ``g`` and ``A g r^2 p``. The Gaussian is a product of one factor a row and one a column, so
-that a square of n pixels a side costs 2 n exponentials.
+``A p dy g``, ``A p dx g``, ``g`` and ``A p r^2 g``. The Gaussian is a product of one factor a row and one a column, so
+that a square of n pixels a side costs 2 n exponentials. Images are float32, sums are kept in float64.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from numba import njit
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Image = NDArray[np.float32]
+Integers = NDArray[np.int64]
 
 
 @njit(cache=True, nogil=True)
-def _axis(place: float, per: float, reach: int, size: int, g: Floats, d: Floats) -> tuple[int, int]:
+def axis(place: float, per: float, reach: int, size: int, g: Image, d: Image) -> tuple[int, int]:
     """Fill ``g`` and the distances ``d`` along one axis; (first, one past the last) pixel inside the image."""
     middle = round(place)
     first, stop = max(0, middle - reach), min(size, middle + reach + 1)
@@ -28,39 +30,34 @@ def _axis(place: float, per: float, reach: int, size: int, g: Floats, d: Floats)
     return first, stop
 
 
-@njit(cache=True, nogil=True)
-def paint(columns: Floats, steps: Floats, reach: int, image: Floats) -> None:
-    """Add J ``steps`` to ``image``: ``steps`` (n, 4) are changes of the columns' parameters (n, 4).
-
-    With ``steps`` zero but for the amplitudes it adds the columns themselves.
-    """
-    gy, gx, dy, dx = np.empty((4, 2 * reach + 1))
+@njit(cache=True, nogil=True, fastmath=True)
+def paint(columns: Floats, reach: int, image: Image) -> None:
+    """Add ``columns`` (n, 4) to ``image``."""
+    gy, gx, dy, dx = np.empty((4, 2 * reach + 1), np.float32)
     for k in range(len(columns)):
         per = np.exp(-2 * columns[k, 3])
-        top, bottom = _axis(columns[k, 0], per, reach, image.shape[0], gy, dy)
-        left, right = _axis(columns[k, 1], per, reach, image.shape[1], gx, dx)
-        bright = columns[k, 2] * per
-        sy, sx, sa, sw = bright * steps[k, 0], bright * steps[k, 1], steps[k, 2], bright * steps[k, 3]
+        top, bottom = axis(columns[k, 0], per, reach, image.shape[0], gy, dy)
+        left, right = axis(columns[k, 1], per, reach, image.shape[1], gx, dx)
         for i in range(bottom - top):
-            along = sa + dy[i] * (sy + sw * dy[i])
+            height = np.float32(columns[k, 2] * gy[i])
             row = image[top + i, left:right]
             for j in range(right - left):
-                row[j] += gy[i] * gx[j] * (along + dx[j] * (sx + sw * dx[j]))
+                row[j] += height * gx[j]
 
 
-@njit(cache=True, nogil=True)
-def gather(columns: Floats, image: Floats, reach: int) -> Floats:
-    """(n, 4): J^T ``image``."""
+@njit(cache=True, nogil=True, fastmath=True)
+def gather(columns: Floats, image: Image, reach: int) -> Floats:
+    """(n, 4): J^T ``image``, J being the derivatives of the sum by the parameters of ``columns`` (n, 4)."""
     out = np.zeros((len(columns), 4))
-    gy, gx, dy, dx = np.empty((4, 2 * reach + 1))
+    gy, gx, dy, dx = np.empty((4, 2 * reach + 1), np.float32)
     for k in range(len(columns)):
         per = np.exp(-2 * columns[k, 3])
-        top, bottom = _axis(columns[k, 0], per, reach, image.shape[0], gy, dy)
-        left, right = _axis(columns[k, 1], per, reach, image.shape[1], gx, dx)
+        top, bottom = axis(columns[k, 0], per, reach, image.shape[0], gy, dy)
+        left, right = axis(columns[k, 1], per, reach, image.shape[1], gx, dx)
         y = x = a = w = 0.0
         for i in range(bottom - top):
             row = image[top + i, left:right]
-            s0 = s1 = s2 = 0.0
+            s0 = s1 = s2 = np.float32(0)
             for j in range(right - left):
                 u = gx[j] * row[j]
                 s0 += u
@@ -75,32 +72,40 @@ def gather(columns: Floats, image: Floats, reach: int) -> Floats:
     return out
 
 
-@njit(cache=True, nogil=True)
-def normal(columns: Floats, weight: Floats, reach: int) -> Floats:
-    """(n, 4, 4): each column's own block of J^T W J."""
-    out = np.zeros((len(columns), 4, 4))
-    gy, gx, dy, dx = np.empty((4, 2 * reach + 1))
-    slope = np.empty(4)
-    for k in range(len(columns)):
-        per = np.exp(-2 * columns[k, 3])
-        top, bottom = _axis(columns[k, 0], per, reach, weight.shape[0], gy, dy)
-        left, right = _axis(columns[k, 1], per, reach, weight.shape[1], gx, dx)
-        # moments of W g^2: rows by powers of dy, columns by powers of dx
-        m = np.zeros((5, 5))
+@njit(cache=True, nogil=True, fastmath=True)
+def overlaps(columns: Floats, first: Integers, second: Integers, weight: Image, reach: int) -> Floats:
+    """(p, 4, 4): the blocks J_a^T W J_b of the pairs a = ``first`` (p,), b = ``second`` (p,) of ``columns`` (n, 4).
+
+    The product of two Gaussians is one between them; its moments about ``a`` give the block of ``a``'s own powers
+    (dy, dx, 1, r^2), and those of ``b`` are the same powers shifted.
+    """
+    out = np.zeros((len(first), 4, 4))
+    gy, gx, dy, dx = np.empty((4, 2 * reach + 1), np.float32)
+    m, basis, shifted = np.zeros((5, 5)), np.zeros((4, 4)), np.zeros((4, 4))
+    for k in range(len(first)):
+        a, b = columns[first[k]], columns[second[k]]
+        per_a, per_b = np.exp(-2 * a[3]), np.exp(-2 * b[3])
+        per = per_a + per_b
+        y, x = (per_a * a[0] + per_b * b[0]) / per, (per_a * a[1] + per_b * b[1]) / per
+        top, bottom = axis(y, per, reach, weight.shape[0], gy, dy)
+        left, right = axis(x, per, reach, weight.shape[1], gx, dx)
+        off_y, off_x = b[0] - a[0], b[1] - a[1]
+        share = np.exp(-0.5 * per_a * per_b / per * (off_y**2 + off_x**2))
+        dy += np.float32(y - a[0])
+        dx += np.float32(x - a[1])
+        m[:] = 0.0
         for i in range(bottom - top):
             row = weight[top + i, left:right]
-            s0 = s1 = s2 = s3 = s4 = 0.0
+            s0 = s1 = s2 = s3 = s4 = np.float32(0)
             for j in range(right - left):
-                u = gx[j] * gx[j] * row[j]
+                u = gx[j] * row[j]
+                square = dx[j] * dx[j]
                 s0 += u
-                u *= dx[j]
-                s1 += u
-                u *= dx[j]
-                s2 += u
-                u *= dx[j]
-                s3 += u
-                s4 += u * dx[j]
-            v = gy[i] * gy[i]
+                s1 += u * dx[j]
+                s2 += u * square
+                s3 += u * square * dx[j]
+                s4 += u * square * square
+            v = share * gy[i]
             for power in range(5):
                 m[power, 0] += v * s0
                 m[power, 1] += v * s1
@@ -109,133 +114,45 @@ def normal(columns: Floats, weight: Floats, reach: int) -> Floats:
                 m[power, 4] += v * s4
                 v *= dy[i]
         r2 = m[2, 0] + m[0, 2]
-        bright = columns[k, 2] * per
-        slope[0], slope[1], slope[2], slope[3] = bright, bright, 1.0, bright
-        block = out[k]
-        block[0, 0], block[0, 1], block[0, 2] = m[2, 0], m[1, 1], m[1, 0]
-        block[0, 3] = m[3, 0] + m[1, 2]
-        block[1, 1], block[1, 2], block[1, 3] = m[0, 2], m[0, 1], m[2, 1] + m[0, 3]
-        block[2, 2], block[2, 3] = m[0, 0], r2
-        block[3, 3] = m[4, 0] + 2 * m[2, 2] + m[0, 4]
+        basis[0, 0], basis[0, 1], basis[0, 2], basis[0, 3] = m[2, 0], m[1, 1], m[1, 0], m[3, 0] + m[1, 2]
+        basis[1, 1], basis[1, 2], basis[1, 3] = m[0, 2], m[0, 1], m[2, 1] + m[0, 3]
+        basis[2, 2], basis[2, 3] = m[0, 0], r2
+        basis[3, 3] = m[4, 0] + 2 * m[2, 2] + m[0, 4]
         for i in range(4):
-            for j in range(i, 4):
-                block[i, j] *= slope[i] * slope[j]
-                block[j, i] = block[i, j]
+            for j in range(i):
+                basis[i, j] = basis[j, i]
+        for i in range(4):
+            shifted[i, 0] = basis[i, 0] - off_y * basis[i, 2]
+            shifted[i, 1] = basis[i, 1] - off_x * basis[i, 2]
+            shifted[i, 2] = basis[i, 2]
+            shifted[i, 3] = (
+                basis[i, 3] - 2 * off_y * basis[i, 0] - 2 * off_x * basis[i, 1] + (off_y**2 + off_x**2) * basis[i, 2]
+            )
+        for i in range(4):
+            slope = 1.0 if i == 2 else a[2] * per_a
+            for j in range(4):
+                out[k, i, j] = slope * shifted[i, j] * (1.0 if j == 2 else b[2] * per_b)
     return out
-
-
-@njit(cache=True, nogil=True)
-def _hats(size: int, nodes: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """For each of ``size`` pixels the node before it and how far it is past that node; nodes lie evenly, end to end."""
-    place = np.arange(size) * ((nodes - 1) / (size - 1))
-    left = np.minimum(place.astype(np.int64), nodes - 2)
-    return left, place - left
-
-
-@njit(cache=True, nogil=True)
-def paint_mesh(mesh: Floats, image: Floats) -> None:
-    """Add the bilinear interpolation of ``mesh`` (at least 2 x 2 nodes) to ``image``."""
-    top, down = _hats(image.shape[0], mesh.shape[0])
-    left, along = _hats(image.shape[1], mesh.shape[1])
-    slope = np.empty(mesh.shape[1])
-    for i in range(image.shape[0]):
-        line = (1 - down[i]) * mesh[top[i]] + down[i] * mesh[top[i] + 1]
-        slope[:-1] = line[1:] - line[:-1]
-        row = image[i]
-        for j in range(len(row)):
-            row[j] += line[left[j]] + along[j] * slope[left[j]]
-
-
-@njit(cache=True, nogil=True)
-def gather_mesh(image: Floats, rows: int, cols: int, squared: bool) -> Floats:
-    """(rows, cols): the transposed of :func:`paint_mesh`, on wish with its weights ``squared``."""
-    top, down = _hats(image.shape[0], rows)
-    left, along = _hats(image.shape[1], cols)
-    up, back = 1 - down, 1 - along
-    if squared:
-        down, along, up, back = down**2, along**2, up**2, back**2
-    mesh = np.zeros((rows, cols))
-    line = np.empty(image.shape[1])
-    for node in range(rows):  # the pixels are first summed along the columns, a node at a time
-        line[:] = 0.0
-        for i in range(image.shape[0]):
-            weight = up[i] if top[i] == node else (down[i] if top[i] == node - 1 else 0.0)
-            if weight != 0.0:
-                line += weight * image[i]
-        for j in range(len(line)):
-            mesh[node, left[j]] += back[j] * line[j]
-            mesh[node, left[j] + 1] += along[j] * line[j]
-    return mesh
-
-
-@njit(cache=True, nogil=True)
-def core_mean(columns: Floats, image: Floats, radius: Floats) -> tuple[Floats, Floats]:
-    """(n,) mean of ``image`` within ``radius`` (n,) [px] of each column, and (n,) how many pixels that are."""
-    mean, count = np.zeros(len(columns)), np.zeros(len(columns))
-    for k in range(len(columns)):
-        y, x, r = columns[k, 0], columns[k, 1], radius[k]
-        total = n = 0.0
-        for i in range(max(0, int(y - r)), min(image.shape[0], int(y + r) + 2)):
-            for j in range(max(0, int(x - r)), min(image.shape[1], int(x + r) + 2)):
-                if (i - y) ** 2 + (j - x) ** 2 <= r * r:
-                    total += image[i, j]
-                    n += 1
-        mean[k], count[k] = total / max(n, 1.0), n
-    return mean, count
-
-
-@njit(cache=True, nogil=True)
-def _mirrored(i: int, size: int) -> int:
-    """Where row ``i`` is read: (d c b a | a b c d | d c b a), the same as scipy.ndimage's ``reflect``."""
-    i %= 2 * size
-    return i if i < size else 2 * size - 1 - i
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def _correlate(image: Floats, along_y: Floats, along_x: Floats, out: Floats) -> None:
-    """Add to ``out`` the correlation with two even kernels (given by their halves), mirrored at the edges."""
-    rows, cols = image.shape
-    reach = len(along_x) - 1
-    line, padded = np.empty(cols), np.empty(cols + 2 * reach)
-    for i in range(rows):
-        line[:] = along_y[0] * image[i]
-        for k in range(1, len(along_y)):
-            one, other, weight = image[_mirrored(i - k, rows)], image[_mirrored(i + k, rows)], along_y[k]
-            for j in range(cols):
-                line[j] += weight * (one[j] + other[j])
-        padded[reach : reach + cols] = line
-        for k in range(reach):
-            padded[reach - 1 - k] = line[_mirrored(-1 - k, cols)]
-            padded[reach + cols + k] = line[_mirrored(cols + k, cols)]
-        goal = out[i]
-        for j in range(cols):
-            goal[j] += along_x[0] * padded[reach + j]
-        for k in range(1, reach + 1):
-            weight = along_x[k]
-            for j in range(cols):
-                goal[j] += weight * (padded[reach + j - k] + padded[reach + j + k])
+def core_means(columns: Floats, image: Image, measured: Image, radius: Floats) -> tuple[Floats, Floats, Floats]:
+    """Within ``radius`` (n,) [px] of each column: (n,) mean of ``image`` over the ``measured`` pixels, (n,) how many
+    these are, and (n,) how many pixels there are."""
+    mean, count, whole = np.zeros(len(columns)), np.zeros(len(columns)), np.zeros(len(columns))
+    for k in range(len(columns)):
+        y, x, r = columns[k, 0], columns[k, 1], radius[k]
+        total = n = m = 0.0
+        for i in range(max(0, int(y - r)), min(image.shape[0], int(y + r) + 2)):
+            for j in range(max(0, int(x - r)), min(image.shape[1], int(x + r) + 2)):
+                if (i - y) ** 2 + (j - x) ** 2 <= r * r:
+                    total += image[i, j] * measured[i, j]
+                    n += measured[i, j]
+                    m += 1
+        mean[k], count[k], whole[k] = total / max(n, 1.0), n, m
+    return mean, count, whole
 
 
-def _kernels(sigma: float) -> tuple[Floats, Floats]:
-    """Half of a Gaussian of unit sum, and of its second derivative, to four sigma."""
-    x = np.arange(int(4.0 * sigma + 0.5) + 1, dtype=np.float64)
-    g = np.exp(-0.5 * (x / sigma) ** 2)
-    g /= g[0] + 2 * g[1:].sum()
-    return g, g * (x**2 / sigma**4 - 1 / sigma**2)
-
-
-def smooth(image: Floats, sigma: float) -> Floats:
-    """The image convolved with a Gaussian of ``sigma`` [px], mirrored at the edges."""
-    g, _ = _kernels(sigma)
-    out = np.zeros(image.shape)
-    _correlate(image, g, g, out)
-    return out
-
-
-def negative_laplacian(image: Floats, sigma: float) -> Floats:
-    """Minus the Laplacian of the image convolved with a Gaussian of ``sigma`` [px], mirrored at the edges."""
-    g, curved = _kernels(sigma)
-    out = np.zeros(image.shape)
-    _correlate(image, -curved, g, out)
-    _correlate(image, g, -curved, out)
-    return out
+def pixels_of(image: NDArray[Any]) -> Image:
+    """The image as the compiled sums take it."""
+    return np.ascontiguousarray(image, dtype=np.float32)

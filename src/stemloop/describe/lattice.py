@@ -17,6 +17,8 @@ from scipy.spatial import cKDTree
 
 from stemloop.core.errors import InputError, UnknownName
 from stemloop.core.structure import Columns
+from stemloop.describe.vectors import angle as direction
+from stemloop.describe.vectors import standard
 
 Floats = NDArray[np.float64]
 
@@ -82,7 +84,7 @@ def fit_lattice(position: NDArray[Any], tolerance: float = 0.2) -> Lattice:
     first, second = _repeats(points)
     index, basis = _walk(points, first, second, tolerance)
     vectors, _, _, _ = _robust(points, index, basis)
-    change = _standard(vectors)
+    change = standard(vectors)
     index = np.where(basis[:, None] >= 0, index @ np.rint(np.linalg.inv(change)).astype(np.int64), 0)
     vectors, origins, covariance, residual = _robust(points, index, basis)
     symmetry = _symmetry(vectors)
@@ -249,35 +251,6 @@ def _robust(
     return solution[:2], solution[2:], covariance, residual
 
 
-def _standard(vectors: Floats) -> NDArray[np.int64]:
-    """Whole-number matrix (2, 2) that turns two lattice vectors (rows) into the reduced pair in standard order."""
-    change = np.eye(2, dtype=np.int64)
-    while True:  # Gauss's reduction
-        u, v = change @ vectors
-        if u @ u > v @ v * (1 + 1e-12):
-            change = change[::-1]
-            continue
-        times = round(float(u @ v) / float(u @ u))
-        if times == 0:
-            break
-        change = np.stack([change[0], change[1] - times * change[0]])
-    u, v = change @ vectors
-    short = [np.array(c) for c in ((1, 0), (0, 1), (1, 1), (1, -1))]
-    longest = 1.25 * max(np.hypot(*u), np.hypot(*v))
-    short = [sign * c @ change for c in short if np.hypot(*(c @ change @ vectors)) < longest for sign in (1, -1)]
-    angle = [_angle(c @ vectors) for c in short]
-    one = int(np.argmin(np.abs(angle)))
-    turn = (np.array(angle) - angle[one]) % (2 * np.pi)
-    behind = [k for k in range(len(short)) if 0.1 < turn[k] < np.pi - 0.1]
-    two = min(behind, key=lambda k: turn[k])
-    return np.stack([short[one], short[two]])
-
-
-def _angle(vector: Floats) -> float:
-    """Direction [rad] of (row, col), positive from +x towards +y."""
-    return float(np.arctan2(vector[0], vector[1]))
-
-
 def _symmetry(vectors: Floats) -> str:
     misfit = {name: _misfit(vectors, name) for name in _TURN}
     best = min(misfit, key=lambda name: misfit[name])
@@ -300,7 +273,7 @@ def _misfit(vectors: Floats, symmetry: str) -> float:
 def _rotation(vectors: Floats, symmetry: str) -> float:
     """Rotation [rad] in the polar decomposition of the deformation, reduced to the smallest equivalent angle."""
     if symmetry not in _TURN:
-        return _angle(vectors[0])
+        return direction(vectors[0])
     f = _deformation(vectors, symmetry)
     return _smallest(float(np.arctan2(f[1, 0] - f[0, 1], f[0, 0] + f[1, 1])), _TURN[symmetry])
 
@@ -362,7 +335,7 @@ def _indexed_rotation(
     direct: Floats = np.asarray(np.linalg.inv(basis).T, dtype=np.float64)
     if direct[0, 1] * direct[1, 0] - direct[0, 0] * direct[1, 1] < 0:
         direct = direct[::-1]
-    direct = _standard(direct) @ direct
+    direct = standard(direct) @ direct
     sigma = float(np.sqrt(np.trace(covariance) / 2) / size)
     return _smallest(_rotation(direct, symmetry), turn), sigma
 

@@ -22,7 +22,12 @@ from numpy.typing import NDArray
 
 from stemloop.core.errors import UnreadableFile
 from stemloop.core.structure import Columns
-from stemloop.describe import atoms, gaussians
+from stemloop.describe import gaussians
+from stemloop.describe.fitting import reach_of
+from stemloop.describe.noise import noise_of
+from stemloop.describe.raster import Raster, raster_of
+from stemloop.describe.refining import refine
+from stemloop.describe.scale import scale_of
 from stemloop.describe.sites import expected
 from stemloop.learn.atomnet import DIVISOR
 from stemloop.learn.atomnet_calibrate import Joined, believed, join, novelty
@@ -30,6 +35,7 @@ from stemloop.learn.atomnet_image import CELL, WIDTH, from_network, normalised, 
 from stemloop.learn.export import KEY
 
 Floats = NDArray[np.float64]
+Image = NDArray[np.float32]
 
 #: Above this an image is unlike the training set.
 UNUSUAL = 3.0
@@ -108,31 +114,35 @@ class AtomNetwork:
         fitted as the classical finder does. Its deviation joins the fit's with the ensemble's: where members disagree
         on a neighbour, the place is doubtful.
         """
-        pixels = atoms._checked(image)
-        seen, exact, width, features = self._at_best_scale(pixels, pixel_size_nm)
+        raster = raster_of(image)
+        pixels = raster.levels((slice(None), slice(None)))[0]
+        seen, exact, width, features = self._at_best_scale(pixels, _guesses(raster, pixel_size_nm), pixel_size_nm)
         chance = believed(seen.chance, *self.card["line"])
         place = from_network(seen.position, exact)
         taken = (chance >= self.card["threshold"]) & ((place >= 0) & (place <= np.array(pixels.shape) - 1)).all(axis=1)
         start, members, chance = place[taken], seen.chance[taken], chance[taken]
-        columns, good = atoms.refine(pixels, start, width)
+        columns, good, significance = refine(image, start, width)
         sees = members[good] > 0.5 * members[good].max(axis=1, keepdims=True, initial=0)
         columns, members, chance = _take(columns, good), members[good], chance[good]
         spread = _disagreement(columns, sees, pixels.shape)
-        vacant = expected(columns.position, pixels.shape, width).position
         wide = columns.width[:, None]
         far = (columns.position >= wide) & (columns.position <= np.array(pixels.shape) - 1 - wide)
-        plain = (columns.sigma < wide / _SIGNIFICANT).all(axis=1) | (chance > _SURE)
+        plain = (significance[good] > _SIGNIFICANT) | (chance > _SURE)
         inside = np.asarray(far.all(axis=1) & plain)
+        sites = expected(columns.position, pixels.shape, width)
+        vacant = sites.position[sites.within]
         columns = replace(columns, sigma=np.hypot(columns.sigma, spread), p_present=chance, vacant=vacant)
         return Found(_take(columns, inside), members[inside], novelty(features, self.card["usual"]), width)
 
     # -------------------------------------------------------------------------------------------------- the scale
 
-    def _at_best_scale(self, pixels: Floats, pixel_size_nm: float | None) -> tuple[Joined, Floats, float, Floats]:
+    def _at_best_scale(
+        self, pixels: Image, guessed: Iterator[tuple[float, ...]], pixel_size_nm: float | None
+    ) -> tuple[Joined, Floats, float, Floats]:
         """What is seen at the scale at which the network agrees best with itself, the factors, the width, features."""
         piece = _busiest(pixels, 384)
         best = (0.0, _COLUMN_SIGMA_NM / pixel_size_nm if pixel_size_nm else 2.5)
-        for guesses in _guesses(piece, pixel_size_nm):
+        for guesses in guessed:
             for guess in guesses:
                 best = max(best, self._tried(piece, guess))
             if best[0] > _ENOUGH:
@@ -142,7 +152,7 @@ class AtomNetwork:
         seen, features = self._seen(normalised(small))
         return seen, exact, width, features
 
-    def _tried(self, pixels: Floats, width: float) -> tuple[float, float]:
+    def _tried(self, pixels: Image, width: float) -> tuple[float, float]:
         """How much speaks for a ``width`` of the columns, and that width corrected by what the network sees."""
         score = 0.0
         for _ in range(2):
@@ -203,7 +213,8 @@ def _take(columns: Columns, kept: NDArray[np.bool_]) -> Columns:
         width=columns.width[kept],
         sublattice=columns.sublattice[kept],
         background=columns.background[kept],
-        p_present=columns.p_present[kept],
+        p_present=columns.p_present[kept] if len(columns.p_present) else columns.p_present,
+        measured=columns.measured[kept],
     )
 
 
@@ -222,17 +233,16 @@ def _disagreement(columns: Columns, sees: NDArray[np.bool_], shape: tuple[int, .
     off = np.zeros((sees.shape[1], len(value), 2))
     if sees.all():
         return off.sum(axis=0)
-    reach = int(np.ceil(3.5 * float(np.median(columns.width))))
-    blocks = gaussians.normal(value, np.ones(shape), reach)
+    reach = reach_of(float(np.median(columns.width)))
+    alone = np.arange(len(value))
+    blocks = gaussians.overlaps(value, alone, alone, np.ones(shape, np.float32), reach)
     scale = np.sqrt(np.diagonal(blocks, axis1=1, axis2=2)) + 1e-150
     blocks = blocks / (scale[:, :, None] * scale[:, None, :]) + 1e-6 * np.eye(4)
     for member, own in enumerate(sees.T):
         if own.all():
             continue
-        left = np.zeros(shape)
-        alone = np.zeros_like(value)
-        alone[:, 2] = value[:, 2]
-        gaussians.paint(value[~own], alone[~own], reach, left)
+        left = np.zeros(shape, np.float32)
+        gaussians.paint(value[~own], reach, left)
         pull = gaussians.gather(value, left, reach) / scale
         off[member] = (np.linalg.solve(blocks, pull[:, :, None])[:, :, 0] / scale)[:, :2]
     off = np.clip(off, -columns.width[:, None], columns.width[:, None])
@@ -247,19 +257,19 @@ def _weighted_median(values: Floats, weight: Floats) -> float:
     return float(values[order][np.searchsorted(total, 0.5 * total[-1])])
 
 
-def _guesses(pixels: Floats, pixel_size_nm: float | None) -> Iterator[tuple[float, ...]]:
+def _guesses(raster: Raster, pixel_size_nm: float | None) -> Iterator[tuple[float, ...]]:
     """Widths [px] to try, a few at a time: the pixel size tells one, the period another; where neither settles it, a
     probe that is wider than usual, or all."""
     usual = _COLUMN_SIGMA_NM / pixel_size_nm if pixel_size_nm else 0.0
     if usual:
         yield (float(np.clip(usual, *_WIDTHS)),)
-    period = atoms._blob_width(pixels, atoms._noise(pixels), float("nan"))  # not a number where there is no period
-    if period > _FINEST:
-        yield (period,)
+    scale = scale_of((levels for levels, _ in raster.sample(256, 16)), noise_of(raster.sample(512, 4)))
+    if scale.periodic and scale.width > _FINEST:
+        yield (scale.width,)
     yield tuple(float(np.clip(usual * part, *_WIDTHS)) for part in _WIDER) if usual else _LADDER
 
 
-def _busiest(pixels: Floats, side: int) -> Floats:
+def _busiest(pixels: Image, side: int) -> Image:
     """The part of at most ``side`` x ``side`` pixels with the largest deviation of its grey levels."""
     starts = [sorted({0, (n - side) // 2, n - side}) if n > side else [0] for n in pixels.shape]
     parts = [pixels[top : top + side, left : left + side] for top in starts[0] for left in starts[1]]

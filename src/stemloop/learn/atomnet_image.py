@@ -7,6 +7,8 @@ the chance that a column is there, where in the cell it is, and how wide it is. 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -23,7 +25,7 @@ _LOCAL = 41
 MAPS = 4
 
 
-def resampled(image: Floats, factor: float) -> tuple[NDArray[np.float32], Floats]:
+def resampled(image: NDArray[np.floating[Any]], factor: float) -> tuple[NDArray[np.float32], Floats]:
     """``image`` with ``factor`` as many pixels a side, and the exact factors (rows, columns) after rounding.
 
     Where pixels get fewer they are averaged (a Gaussian of the new pixel's extent), so that no dose is thrown away.

@@ -7,8 +7,9 @@ the counts themselves by Fisher scoring of a Poisson likelihood, which gives the
 
 A spot g has the intensity ``|F_g|^2 exp(-(pi t s)^2 / 3)``: the kinematic ``sinc^2(pi t s)`` of a crystal of thickness
 t at the excitation error s, as the Gaussian of the same curvature (L. Reimer and H. Kohl, *Transmission Electron
-Microscopy* (2008), doi:10.1007/978-0-387-40093-8, chapter 7). Dynamical scattering is not in it: above some nanometres
-the scores still find the orientation, but ``misfit`` is far above 1 and the deviations only say what noise does.
+Microscopy* (2008), doi:10.1007/978-0-387-40093-8, chapter 7). Dynamical scattering is not in it. Above some nanometres
+spots have other strengths than the model says: ``misfit`` is then above 1, and since a wrong strength is wrong on all
+pixels of its spot together, deviations are widened and likelihoods tempered by its excess on the spots times their pixels.
 
 Laboratory axes: x right (columns), y down (rows), z along the beam. A rotation matrix takes crystal to laboratory axes.
 """
@@ -132,9 +133,9 @@ class Orientation:
     rotation : (3, 3) from crystal to laboratory axes, one of the equivalent ones. sigma_rad : (3,) deviations of small
     turns about the laboratory's x, y and z [rad] (the first two tilt the crystal, the third turns the pattern).
     score : correlation with the template that it was refined from (1: perfect). ambiguity : likelihood of the best
-    other orientation that was refined, relative to this one (0: none comes near; 1: both explain it).
-    misfit : Pearson's chi2 a degree of freedom of the refined model, by which deviations are widened and likelihoods
-    tempered (NaN where nothing could be refined).
+    other orientation that was refined, relative to this one (0: none comes near; 1: both explain it). Do not believe an
+    orientation whose ambiguity is above about 0.1.
+    misfit : Pearson's chi2 a degree of freedom of the refined model (NaN where nothing could be refined).
     """
 
     rotation: Array
@@ -293,14 +294,15 @@ class Matcher:
         fits = sorted((fit for fit in fits if np.isfinite(fit[-1])), key=lambda fit: fit[-1])
         if not fits:
             return Orientation(np.full((3, 3), np.nan), np.full(3, np.nan), 0.0, np.nan, np.nan)
-        score, rotation, sigma, misfit, deviance = fits[0]
+        score, rotation, sigma, misfit, inflation, deviance = fits[0]
         others = [f[-1] for f in fits if self.misorientation(rotation, f[1]) > self.spacing_rad / 2]
-        worse = (min(others) - deviance) / max(misfit, 1.0) if others else np.inf
+        worse = (min(others) - deviance) / inflation if others else np.inf
         return Orientation(rotation, sigma, score, float(np.exp(-worse / 2)), misfit)
 
-    def _refine(self, counts: Array, rotation: Array) -> tuple[Array, Array, float, float]:
+    def _refine(self, counts: Array, rotation: Array) -> tuple[Array, Array, float, float, float]:
         """Fisher scoring of the turn (3), the spots' height and an even background, outside the direct beam. Returns
-        the rotation, its deviations, Pearson's chi2 a degree of freedom, and the deviance."""
+        the rotation, its deviations, Pearson's chi2 a degree of freedom, what variances are multiplied with for it,
+        and the deviance."""
         y, x = np.indices(counts.shape)
         use = np.hypot(y - self.camera.centre_px[0], x - self.camera.centre_px[1]) > self._radii[0]
         data = counts[use]
@@ -321,7 +323,7 @@ class Matcher:
                 try:
                     covariance = np.linalg.inv(scaled @ jacobian.T)
                 except np.linalg.LinAlgError:
-                    return rotation, sigma, np.nan, np.nan
+                    return rotation, sigma, np.nan, np.nan, np.nan
                 step = covariance @ (scaled @ (data - mean))
                 size = np.abs(step[:3]).max()
                 step *= min(1.0 if iteration < 10 else 0.5, 0.3 * self.spacing_rad / max(size, 1e-12))
@@ -333,9 +335,13 @@ class Matcher:
                     break
         mean = np.maximum(a * image + b, 1e-9)
         misfit = float(np.sum((data - mean) ** 2 / mean) / (data.size - 5))
+        weight = (a * image) ** 2 / mean  # the spots, by what they tell
+        among = float(weight @ ((data - mean) ** 2 / mean) / weight.sum())
+        chance = np.sqrt(weight**2 @ (2 + 1 / mean)) / weight.sum()  # of a model that is right
+        inflation = 1 + max(among - 1 - 3 * chance, 0.0) * np.pi * self.template.half**2
         with np.errstate(divide="ignore", invalid="ignore"):
             logs = np.where(data > 0, data * np.log(data / mean), 0.0)
-        return rotation, sigma * np.sqrt(max(misfit, 1.0)), misfit, float(2 * np.sum(logs - data + mean))
+        return rotation, sigma * np.sqrt(inflation), misfit, inflation, float(2 * np.sum(logs - data + mean))
 
 
 @numba.njit(cache=True, nogil=True)

@@ -92,6 +92,50 @@ class Periodic:
         return self._sum(stacked, points).reshape(-1, 2, 2)
 
 
+class EdgeDislocation:
+    """An edge dislocation in an isotropic sheet in plane strain, after Volterra.
+
+    With x along the Burgers vector and y at right angles to it (towards +y where x is +x):
+    ``u_x = b/2pi [atan2(y, x) + xy / (2 (1 - nu) r^2)]`` and
+    ``u_y = -b/2pi [(1 - 2 nu) / (4 (1 - nu)) ln r^2 + (x^2 - y^2) / (4 (1 - nu) r^2)]``
+    (J. P. Hirth and J. Lothe, *Theory of Dislocations*, 2nd ed. (1982), section 3.4). The closed integral of ``du``
+    from +x towards +y is the Burgers vector; the jump is on the half-line opposite to it.
+
+    Parameters
+    ----------
+    core_A, burgers_A : (y, x) [A]. poisson : Poisson ratio, -1 to 0.5.
+    """
+
+    def __init__(self, core_A: tuple[float, float], burgers_A: tuple[float, float], poisson: float = 0.25) -> None:
+        self._core = np.asarray(core_A, dtype=np.float64)
+        self._size = float(np.hypot(*burgers_A))
+        along_y, along_x = np.asarray(burgers_A, dtype=np.float64) / self._size
+        self._turn = np.array([[along_x, -along_y], [along_y, along_x]])  # (y, x) -> across and along b
+        self._poisson = poisson
+
+    def _local(self, points: Array) -> tuple[Array, Array, Array]:
+        y, x = ((points - self._core) @ self._turn.T).T
+        return y, x, np.maximum(x**2 + y**2, 1e-12)
+
+    def displacement(self, points: Array) -> Array:
+        y, x, r2 = self._local(points)
+        nu = self._poisson
+        along = np.arctan2(y, x) + x * y / (2 * (1 - nu) * r2)
+        across = -(1 - 2 * nu) / (4 * (1 - nu)) * np.log(r2) - (x**2 - y**2) / (4 * (1 - nu) * r2)
+        return self._size / (2 * np.pi) * np.stack([across, along], axis=1) @ self._turn
+
+    def gradient(self, points: Array) -> Array:
+        y, x, r2 = self._local(points)
+        nu = self._poisson
+        one, two = 1 / (2 * (1 - nu)), (1 - 2 * nu) / (2 * (1 - nu))
+        xx = -y / r2 + one * y * (y**2 - x**2) / r2**2
+        xy = x / r2 + one * x * (x**2 - y**2) / r2**2
+        yx = -two * x / r2 - 2 * one * x * y**2 / r2**2
+        yy = -two * y / r2 + 2 * one * x**2 * y / r2**2
+        local = np.stack([np.stack([yy, yx], -1), np.stack([xy, xx], -1)], axis=-2)
+        return self._size / (2 * np.pi) * self._turn.T @ local @ self._turn
+
+
 def strain_and_rotation(gradient: Array) -> tuple[Array, Array]:
     """Strain (n, 3) as e_xx, e_yy, e_xy and rotation (n,) [rad] of a gradient (n, 2, 2) over (y, x)."""
     (yy, yx), (xy, xx) = np.moveaxis(gradient, 0, -1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,7 +101,7 @@ class Layout:
 
     def take(self, kept: NDArray[np.bool_] | Integers) -> Layout:
         """The columns at ``kept``."""
-        parts = {n: getattr(self, n)[kept] for n in ("position", "site", "grain", "cell", "weight", "width")}
+        parts: dict[str, Any] = {n: getattr(self, n)[kept] for n in ("position", "site", "grain", "cell", "weight", "width")}
         return replace(self, **parts)
 
 
@@ -220,3 +221,13 @@ def _add(image: Floats, position: Floats, amplitude: Floats, width: Floats, offs
         r, c = np.arange(top, bottom), np.arange(left, right)
         across = np.exp(-0.5 * ((c[None, :] - x - offset[top:bottom, None]) / w) ** 2)
         image[top:bottom, left:right] += a * np.exp(-0.5 * ((r - y) / w) ** 2)[:, None] * across
+
+
+def drift(n: int, rng: np.random.Generator, speed: float = 0.3, jumps: int = 0, jump: float = 30.0) -> Floats:
+    """(n, 2) shifts [px] of the frames of a stack: a random walk of ``speed`` px a frame with half of it steady, and
+    ``jumps`` steps of up to ``jump`` px along each axis; their median is zero."""
+    step = rng.normal(0, speed, (n, 2)) + 0.5 * speed * rng.choice([-1.0, 1.0], 2)
+    if jumps:
+        step[rng.choice(np.arange(1, n), jumps, replace=False)] += rng.uniform(-jump, jump, (jumps, 2))
+    shift = np.cumsum(step, axis=0)
+    return np.asarray(shift - np.median(shift, axis=0))

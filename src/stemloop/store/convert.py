@@ -29,6 +29,8 @@ from stemloop.store import files, lazy, pipelines, readers, sandbox, sealing
 
 Progress = Callable[[int, int], None]
 _CHUNK_BYTES = 1 << 20
+#: A frame of a stack that is at least so large is a chunk of its own.
+_OWN_CHUNK_BYTES = 1 << 15
 _WAITING_BYTES = 8 << 20
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
@@ -176,6 +178,8 @@ class _Set:
             across = shape[1]
             divisors = (k for k in range(1, min(wanted, across) + 1) if across % k == 0)
             self.side = max(divisors) if wanted < across else across * min(wanted // across, shape[0])
+        elif lead and not spectra and frame >= _OWN_CHUNK_BYTES:
+            self.side = 1  # images are wanted one by one
         else:
             self.side = min(wanted, self.n)
         self.whole = lead == 0

@@ -76,11 +76,41 @@ class Opened:
         step = rows or max(1, BLOCK_BYTES // max(1, row))
         for first in range(0, found.shape[0], step):
             stop = min(first + step, found.shape[0])
-            _, payload = self._ask((stop - first) * row, what="rows", which=which, first=first, stop=stop)
-            shape = (stop - first, *found.shape[1:])
-            if len(payload) != math.prod(shape) * found.dtype.itemsize:
-                raise UnreadableFile(f"{self._name} ended early: rows {first} to {stop - 1} are not all there.")
-            yield first, np.frombuffer(payload, found.dtype).reshape(shape)
+            yield first, self.rows(which, first, stop)
+
+    def rows(self, which: int, first: int, stop: int) -> NDArray[Any]:
+        """data[first : stop] of dataset ``which`` (parts along its first axis)."""
+        found = self.found[which]
+        shape = (stop - first, *found.shape[1:])
+        nbytes = math.prod(shape) * found.dtype.itemsize
+        _, payload = self._ask(nbytes, what="rows", which=which, first=first, stop=stop)
+        if len(payload) != nbytes:
+            raise UnreadableFile(f"{self._name} ended early: rows {first} to {stop - 1} are not all there.")
+        return np.frombuffer(payload, found.dtype).reshape(shape)
+
+    def frames(self, which: int = 0, step: int = 1) -> Iterator[tuple[int, NDArray[Any]]]:
+        """(first, frames (n, rows, columns)) through dataset ``which`` (three axes or four), at most about ``step``
+        frames at a time: the frames of a scan are counted row by row."""
+        found = self.found[which]
+        lead, size = found.shape[:-2], math.prod(found.shape[-2:]) * found.dtype.itemsize
+        across = math.prod(lead[1:])
+        if len(found.shape) < 3 or step < 1:
+            raise InputError(f"{self._name} holds data of {found.shape}; frames have three axes or four.")
+        if step >= across:
+            for row, block in self.blocks(which, max(1, step // max(1, across))):
+                yield row * across, block.reshape(-1, *found.shape[-2:])
+            return
+        for row in range(lead[0]):
+            for first in range(0, across, step):
+                stop = min(first + step, across)
+                question = {"which": which, "first": row, "stop": row + 1, "within": [first, stop]}
+                _, payload = self._ask((stop - first) * size, what="rows", **question)
+                if len(payload) != (stop - first) * size:
+                    raise UnreadableFile(f"{self._name} ended early: row {row} is not all there.")
+                yield (
+                    row * across + first,
+                    np.frombuffer(payload, found.dtype).reshape(stop - first, *found.shape[-2:]),
+                )
 
     def _ask(self, most_bytes: int, **question: Any) -> tuple[Any, bytes]:
         with refusing(self._name, *self._limits):
@@ -133,15 +163,15 @@ class Rows:
         self.shape = tuple(int(side) for side in self._data.shape)
         self.dtype = self._read(0, 0).dtype
 
-    def _read(self, first: int, stop: int) -> NDArray[Any]:
-        part = self._data[first:stop]
+    def _read(self, first: int, stop: int, within: slice | None = None) -> NDArray[Any]:
+        part = self._data[first:stop] if within is None else self._data[first:stop, within]
         if hasattr(part, "compute"):
             part = part.compute(scheduler="synchronous")
         return np.ascontiguousarray(readers.numbers(np.asarray(part)))
 
-    def read(self, first: int, stop: int) -> NDArray[Any]:
-        """Rows ``first .. stop``, as they are in memory."""
-        part = self._read(first, stop)
+    def read(self, first: int, stop: int, within: slice | None = None) -> NDArray[Any]:
+        """Rows ``first .. stop``, as they are in memory; of their second axis only ``within``, if it is given."""
+        part = self._read(first, stop, within)
         self._touched += part.nbytes
         if self._map is not None and self._touched > _KEPT_BYTES:
             self._map.madvise(mmap.MADV_DONTNEED)
@@ -166,12 +196,15 @@ class _SealedRows(Rows):
         self._numbers = np.concatenate([np.arange(first, stop) for first, stop in entry.stored])
         self.metadata = files.told(entry, known)
 
-    def read(self, first: int, stop: int) -> NDArray[Any]:
-        across = math.prod(self.shape[1 : len(self.shape) - len(self._entry.shape)])
+    def read(self, first: int, stop: int, within: slice | None = None) -> NDArray[Any]:
+        lead = self.shape[1 : len(self.shape) - len(self._entry.shape)]
+        across = math.prod(lead)
         wanted = self._numbers[first * across : stop * across]
+        if within is not None:
+            wanted, lead = wanted.reshape(stop - first, *lead)[:, within].ravel(), (within.stop - within.start,)
         runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
         parts = [self._file.frames(self._entry.name, int(run[0]), len(run)) for run in runs if len(run)]
-        return np.ascontiguousarray(np.concatenate(parts)).reshape(stop - first, *self.shape[1:])
+        return np.ascontiguousarray(np.concatenate(parts)).reshape(stop - first, *lead, *self._entry.shape)
 
 
 def _mapping(data: Any) -> mmap.mmap | None:
@@ -243,12 +276,14 @@ def answers(path: str, folder: Path) -> Any:
     """What :class:`Opened` asks."""
     found: list[Rows] = []
 
-    def answer(what: str, which: int = 0, first: int = 0, stop: int = 0) -> tuple[Any, Any]:
+    def answer(
+        what: str, which: int = 0, first: int = 0, stop: int = 0, within: tuple[int, int] | None = None
+    ) -> tuple[Any, Any]:
         if what == "found":
             found.extend(open_rows(path))
             return [describe(rows, path) for rows in found], b""
         if what != "rows":
             raise InputError(f"unknown question {what!r}.")
-        return None, found[which].read(first, stop).tobytes()
+        return None, found[which].read(first, stop, slice(*within) if within else None).tobytes()
 
     return answer

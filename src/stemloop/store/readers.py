@@ -169,6 +169,10 @@ def signals(path: str, lazy: bool = False) -> list[Signal]:
         return _arrays(path)
     if suffix == ".blo":
         return [blockfile.read(path)]
+    if suffix == ".mat" and not h5py.is_hdf5(path):
+        from stemloop.store import matlab
+
+        return matlab.read(path)
     hdf5 = h5py.is_hdf5(path)
     if hdf5:
         guard.check(path)
@@ -278,9 +282,13 @@ def _signal(entry: dict[str, Any], reader: str, path: str, lazy: bool = False) -
     kind = str(_dig(tree, "Signal", "signal_type") or "")
     order = _order(axes)
     data = data.transpose(order) if lazy else np.ascontiguousarray(np.transpose(data, order))
-    made, uncalibrated = _axes([axes[i] for i in order], data.shape, kind)
+    axes = [axes[i] for i in order]
+    made, uncalibrated = _axes(axes, data.shape, kind)
     metadata: dict[str, Any] = {"title": str(_dig(tree, "General", "title") or Path(path).stem), "reader": reader}
     metadata.update(_metadata(tree, kind))
+    metadata.update(_oddities(axes, made, uncalibrated))
+    if entry["data"].dtype.names:
+        metadata["colours"] = True
     if uncalibrated:
         metadata["uncalibrated"] = uncalibrated
     return Signal(data, made, metadata)
@@ -337,6 +345,21 @@ def _axes(axes: list[dict[str, Any]], shape: tuple[int, ...], kind: str) -> tupl
         else:
             made.append(Axis(word, size, scale, offset, str(axis["units"])))
     return tuple(made), uncalibrated
+
+
+def _oddities(axes: list[dict[str, Any]], made: tuple[Axis, ...], uncalibrated: list[str]) -> dict[str, Any]:
+    """What is strange about the axes' units: words that had to be guessed, and steps without any."""
+    found: dict[str, Any] = {}
+    if odd := [str(axis["units"]) for axis in axes if "_" in str(axis.get("units") or "")]:
+        found["odd_units"] = odd
+    bare = {
+        axis.name: scale
+        for axis, told in zip(made, axes, strict=True)
+        if axis.name in uncalibrated and (scale := _uniform(told, axis.size)[0]) and scale != 1
+    }
+    if bare:
+        found["unitless_scale"] = bare
+    return found
 
 
 def _uniform(axis: dict[str, Any], size: int) -> tuple[float | None, float]:

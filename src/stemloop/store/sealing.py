@@ -1,7 +1,8 @@
 """Writing a sealed file; runs in a child process, because the HDF5 library takes its process with it on a full disk.
 
 The blocks are looked at twice: first their heads, from which the datasets are planned, then their bytes. A block that
-is a whole chunk of its dataset already is copied as it is; any other is unpacked and packed again.
+is a whole chunk of its dataset already is copied as it is; any other is unpacked and packed again, or repacked at once
+where a packer for its codec is given.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _FRAME_AXES = {0: (), 1: ("energy_loss",), 2: ("y", "x"), 3: ("channel", "y", "x")}
 
 Decoder = Callable[[Encoded], NDArray[Any]]
+#: Makes the chunk (:mod:`stemloop.core.chunk`) of so many frames straight from a block, or None if it cannot.
+Packer = Callable[[Encoded, int], bytes | None]
 
 
 class Source(Protocol):
@@ -147,12 +150,14 @@ def _scan(plan: _Plan, calibration: Mapping[str, Any]) -> tuple[int, int] | None
 # ------------------------------------------------------------------------------------------------------- writing
 
 
-def write(path: str, source: Source, known: Known, decode: Decoder | None = None) -> dict[str, dict[str, Any]]:
+def write(
+    path: str, source: Source, known: Known, decode: Decoder | None = None, packer: Packer | None = None
+) -> dict[str, dict[str, Any]]:
     """Write the sealed file ``path``, look at all its bytes once more, and flush it to the disk."""
     plans = _plan(source, known)
     known = replace(known, meta={**{plan.name: plan.meta for plan in plans}, **known.meta})
     with h5py.File(path, "w", libver=("v108", "v110"), rdcc_nbytes=_CACHE_BYTES) as file:
-        writer = _Writer(file, plans, known, decode)
+        writer = _Writer(file, plans, known, decode, packer)
         for block in source.blocks():
             writer.take(block)
         writer.finish()
@@ -210,7 +215,9 @@ def summary(entry: Set) -> dict[str, Any]:
 class _Writer:
     """Lays out the file and takes the blocks."""
 
-    def __init__(self, file: h5py.File, plans: list[_Plan], known: Known, decode: Decoder | None) -> None:
+    def __init__(
+        self, file: h5py.File, plans: list[_Plan], known: Known, decode: Decoder | None, packer: Packer | None
+    ) -> None:
         self.file, self.known, self.decode = file, known, decode
         dialects.begin(file, known.run)
         self.front, self.room = self._make_room(plans)
@@ -222,7 +229,7 @@ class _Writer:
                 raise InputError(f"a stream cannot be called {plan.name!r}; that name is taken in the file.")
             scan = _scan(plan, calibration)
             key = (plan.stream, plan.dtype.str, plan.shape, plan.opaque)
-            self.books[key] = _Opaque(file, plan) if plan.opaque else _Dense(file, plan, scan, known)
+            self.books[key] = _Opaque(file, plan) if plan.opaque else _Dense(file, plan, scan, known, packer)
         file["entry"].attrs["default"] = plans[0].name
 
     def _make_room(self, plans: list[_Plan]) -> tuple[int, int]:
@@ -318,8 +325,11 @@ def places(table: NDArray[np.float64] | None, sequence: NDArray[np.int64]) -> ND
 class _Dense(_Book):
     """Frames that every reader sees: a chunked dataset (frame, ...), or (rows, columns, ...) of a whole scan."""
 
-    def __init__(self, file: h5py.File, plan: _Plan, scan: tuple[int, int] | None, known: Known) -> None:
+    def __init__(
+        self, file: h5py.File, plan: _Plan, scan: tuple[int, int] | None, known: Known, packer: Packer | None
+    ) -> None:
         super().__init__(file, plan)
+        self.packer = packer
         calibration = known.calibrations.get(plan.stream, {})
         self.scan = scan
         if scan is not None:
@@ -343,6 +353,11 @@ class _Dense(_Book):
         if whole and block.codec == self.codec:
             self._put(row // self.side, block.payload)
             return
+        if whole and self.packer is not None and self.codec == SHUFFLE_DEFLATE:
+            chunk = self.packer(block, self.side)
+            if chunk is not None:
+                self._put(row // self.side, chunk)
+                return
         unpacked = frames(block)
         if whole:
             self._put(row // self.side, pipelines.pack(unpacked, self.side, self.codec))

@@ -1,0 +1,91 @@
+"""The structural elements of a file's images, ready for a library: every column and every vacant place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stemloop.core.errors import InputError
+from stemloop.core.signal import Signal
+from stemloop.core.structure import Columns
+from stemloop.describe.atoms import find_columns
+from stemloop.describe.fingerprints import fingerprints, patches, scatter, unit_px
+from stemloop.store.library import Element
+from stemloop.store.readers import read
+
+
+def images_of(path: str | os.PathLike[str]) -> Iterator[tuple[NDArray[Any], float | None]]:
+    """The images of a file in order, those of stacks frame by frame, and their pixel size [m] where it is known.
+
+    InputError if the file holds none.
+    """
+    count = 0
+    for signal in read(path):
+        if signal.data.ndim in (2, 3):
+            for image in signal.data if signal.data.ndim == 3 else (signal.data,):
+                count += 1
+                yield np.asarray(image), _pixel_m(signal)
+    if count == 0:
+        raise InputError(f"{os.fspath(path)} holds no image (rows, cols) and no stack of images.")
+
+
+def _pixel_m(signal: Signal) -> float | None:
+    axis = signal.axes[-1]
+    return abs(axis.scale) if axis.unit == "m" and axis.scale != 0 else None
+
+
+def elements_of(image: NDArray[Any], frame: int = 0, pixel_size_m: float | None = None) -> list[Element]:
+    """Its columns (kind ``column``, phase ``site-0`` ... by brightness) and vacant places (``vacancy``).
+
+    Those whose surroundings leave the image are left out. ``pixel_size_m`` is only noted down: fingerprints are
+    measured in the lattice's own spacing. An image with fewer than a dozen columns has none.
+    """
+    columns = find_columns(image)
+    if len(columns) < 12:
+        return []
+    places = np.concatenate([columns.position, columns.vacant])
+    group = np.append(columns.sublattice, np.full(len(columns.vacant), -1))
+    made = _elements(image, columns, places, group, frame)
+    return [replace(element, pixel_size_m=pixel_size_m) for element in made]
+
+
+def element_at(image: NDArray[Any], place: tuple[float, float]) -> Element:
+    """Whatever is at ``place`` (row, col) [px]; the middle is the column or vacant place within a quarter of a spacing,
+    if there is one. InputError where the surroundings leave the image."""
+    columns = find_columns(image)
+    known = np.concatenate([columns.position, columns.vacant])
+    away = np.hypot(*(known - np.array(place)).T)
+    if len(known) and away.min() < 0.25 * unit_px(columns):
+        place = (float(known[away.argmin(), 0]), float(known[away.argmin(), 1]))
+    places = np.concatenate([columns.position, [place]])
+    made = _elements(image, columns, places, np.append(columns.sublattice, -1), 0)
+    if not made or made[-1].place != place:
+        raise InputError(f"what surrounds ({place[0]:g}, {place[1]:g}) px leaves the image; choose a place further in.")
+    return made[-1]
+
+
+def _elements(
+    image: NDArray[Any], columns: Columns, places: NDArray[np.float64], group: NDArray[np.int64], frame: int
+) -> list[Element]:
+    vectors = fingerprints(image, columns, places)
+    pictures = patches(image, places, unit_px(columns))
+    spread = scatter(vectors[: len(columns)], columns.sublattice)
+    chance = np.append(columns.p_present, np.ones(len(places) - len(columns)))
+    return [
+        Element(
+            vectors[i],
+            "column" if group[i] >= 0 else "vacancy",
+            (float(places[i, 0]), float(places[i, 1])),
+            f"site-{group[i]}" if group[i] >= 0 else "",
+            float(chance[i]),
+            frame,
+            spread,
+            patch=pictures[i],
+        )
+        for i in np.flatnonzero(np.isfinite(vectors).all(axis=1))
+    ]

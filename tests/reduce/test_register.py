@@ -1,0 +1,257 @@
+"""Registration: on a crystal every lattice vector looks like the right answer; these tests know which one is."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import ndimage
+from scipy.spatial import cKDTree
+
+from reduce.moving import bound, stack
+from stemloop.core.errors import InputError
+from stemloop.describe.atoms import find_columns
+from stemloop.reduce.register import average, placed, register, shift_of, view_of, view_shape
+
+DATA = Path(os.environ.get("STEMLOOP_DATA") or Path(__file__).parents[2] / "../shared/data")
+real = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real files: {DATA} is not there (set STEMLOOP_DATA)")
+
+
+def error(registration, shift):
+    """(m, 2) found minus true, up to a common shift, of the frames that are no outliers."""
+    good = ~registration.outlier
+    away = (registration.shift - shift)[good]
+    return away - np.median(away, axis=0)
+
+
+@pytest.fixture(scope="module")
+def moving():
+    made = stack(n=32, size=256, jumps=2, seed=1, vacancies=0.04)
+    rng = np.random.default_rng(1)
+    frames = made.frames.copy()
+    frames[3] = 0
+    frames[9] = rng.permutation(frames[9].ravel()).reshape(frames[9].shape)
+    frames[14] = np.nan
+    frames[21, :128] = rng.poisson(0.4, frames[21, :128].shape)
+    frames[26, 50:54, 60:70] = np.nan
+    return frames, made, register(frames)
+
+
+def test_shifts_are_right_to_the_lattice_vector(moving):
+    _, made, found = moving
+    assert np.abs(np.diff(made.shift, axis=0)).max() > 13  # half a cell: the nearest equivalent place is a wrong one
+    away = error(found, made.shift)
+    # a frame of 256 px at 1e3 e/A^2 has a bound of 0.036 px; lines that wander by 0.2 px add 0.02 px
+    assert np.abs(away).max() < 0.2
+    assert np.sqrt((away**2).mean()) < 0.06
+    assert found.p[~found.outlier].min() > 0.99
+
+
+def test_deviations_are_calibrated(moving):
+    _, made, found = moving
+    z = error(found, made.shift) / found.sigma[~found.outlier]
+    assert 0.75 < z.std() < 1.35  # 56 numbers: a standard deviation is known to 10 %
+
+
+def test_bad_frames_are_named(moving):
+    _, _, found = moving
+    assert np.flatnonzero(found.outlier).tolist() == [3, 9, 14, 21]
+    assert found.reason[3].startswith("blank")
+    assert "match" in found.reason[9]
+    assert "not finite" in found.reason[14]
+    assert found.reason[21].startswith("corrupt")
+    assert np.isnan(found.shift[[3, 9, 14, 21]]).all() and np.isfinite(found.shift[~found.outlier]).all()
+
+
+def test_one_frame_against_the_finished_reference(moving):
+    frames, _, found = moving
+    again = pickle.loads(pickle.dumps(found.reference))
+    gauge = []
+    for k in (1, 12, 30):
+        one = shift_of(frames[k], again)
+        assert not one.reason and one.p > 0.9
+        gauge.append(one.shift - found.shift[k])
+    assert np.abs(np.diff(gauge, axis=0)).max() < 0.1
+    assert shift_of(frames[3], again).reason.startswith("blank")
+    assert "match" in shift_of(frames[9], again).reason
+
+
+def test_views_made_elsewhere_give_the_same_answer(moving):
+    frames = moving[0][:8]
+    shape = view_shape(frames)
+    found, again = register(frames), register(frames, views=[view_of(frame, shape) for frame in frames])
+    assert np.array_equal(again.shift, found.shift, equal_nan=True)
+    assert again.reason == found.reason
+
+
+def test_lines_of_the_scan_that_stand_still_do_not_hold_the_shifts():
+    made = stack(n=28, size=192, jumps=1, jitter=0.0, speed=0.8, stripes=1.5, seed=5)
+    first, last = (np.fft.fft2(made.frames[k]) for k in (0, -1))
+    plain = np.fft.ifft2(first * np.conj(last)).real
+    assert np.unravel_index(plain.argmax(), plain.shape)[1] == 0  # the stripes hold a plain correlation along x
+    assert abs(made.shift[0, 1] - made.shift[-1, 1]) > 1
+    found = register(made.frames)
+    away = error(found, made.shift)
+    assert not found.outlier.any()
+    assert np.abs(away).max() < 0.6  # the stripes' counts are most of the noise
+    assert found.pattern is not None
+    line = found.pattern.mean(axis=0)
+    expected = 1.5 * 1e3 * 0.15**2 * 0.0796 * np.cos(2 * np.pi * np.arange(192) / 7.3)
+    assert np.corrcoef(line, expected)[0, 1] > 0.98
+    flat = average(made.frames, found).image
+    rim = np.isfinite(flat).all(axis=0)
+    spectrum = np.abs(np.fft.rfft(flat[:, rim][40:-40].mean(axis=0) * np.hanning(rim.sum())))
+    at = round(rim.sum() / 7.3)
+    stripes = np.abs(np.fft.rfft(expected[rim] * np.hanning(rim.sum())))[at]
+    assert spectrum[at] < 0.15 * stripes
+
+
+def test_images_without_a_lattice_are_registered_too():
+    rng = np.random.default_rng(2)
+    wide = ndimage.gaussian_filter(rng.normal(size=(220, 220)), 3.0)
+    shift = np.array([[0, 0], [5, -7], [12, 3], [-9, 14], [3, 3]])
+    frames = np.array([wide[40 - y : 180 - y, 40 - x : 180 - x] for y, x in shift])
+    found = register(frames + rng.normal(0, 0.02, frames.shape))
+    assert np.abs(error(found, shift)).max() < 0.02
+
+
+def test_other_regions_and_floods_are_outliers():
+    made = stack(n=10, size=192, jumps=0, jitter=0.0, dose=1e4)
+    frames = made.frames.copy()
+    frames[2] = 30 * frames[2].mean() + 100 * np.random.default_rng(0).random(frames[2].shape)
+    y, x = np.mgrid[:192, :192]
+    frames[6] = np.random.default_rng(1).poisson(3 + 3 * np.cos(x / 2.3 + y / 9))
+    found = register(frames)
+    assert np.flatnonzero(found.outlier).tolist() == [2, 6]
+    assert found.reason[2].startswith("flooded") and found.reason[6]
+
+
+@pytest.mark.parametrize(
+    ("frames", "words"),
+    [
+        (np.zeros((4, 32, 32)), "blank"),
+        (np.full((3, 32, 32), np.nan), "not finite"),
+        (np.zeros((0, 32, 32)), "at least one frame"),
+        (np.zeros((32, 32)), "a stack is"),
+        (np.zeros((3, 1, 1)), "8 x 8"),
+        (np.zeros((2, 32, 32, 3)), "a stack is"),
+        (np.zeros((2, 32, 32), dtype=complex), "real numbers"),
+    ],
+)
+def test_what_is_no_stack_is_refused(frames, words):
+    with pytest.raises(InputError, match=words):
+        register(frames)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_few_frames(n):
+    made = stack(n=n, size=128, jumps=0, dose=1e5, jitter=0.0)
+    found = register(made.frames)
+    assert not found.outlier.any()
+    assert np.abs(error(found, made.shift)).max() < 0.05
+
+
+def test_averages_are_sharp_white_and_counted():
+    rng = np.random.default_rng(3)
+    size, n = 96, 64
+    x = np.arange(size)
+    shift = rng.uniform(-4, 4, (n, 2))
+
+    def seen(s):  # an oscillation of 2.9 px, finer than any probe
+        return np.cos(2 * np.pi * (x[:, None] - s[0]) / 2.9) * np.cos(2 * np.pi * (x[None, :] - s[1]) / 9.0)
+
+    class Known:
+        shape, outlier, pattern = (size, size), np.zeros(n, bool), None
+
+        def __len__(self):
+            return n
+
+    known = Known()
+    known.shift = shift
+    clean = average(np.array([seen(s) for s in shift]), known)
+    inner = (slice(16, -16), slice(16, -16))
+    assert np.abs(clean.image - seen((0, 0)))[inner].max() < 0.03  # mirrored borders ring a little
+    noisy = average(rng.normal(size=(n, size, size)), known)
+    deep = noisy.weight == n
+    assert np.array_equal(np.isnan(noisy.image), noisy.weight == 0)
+    variance = noisy.image[deep].var()
+    assert variance == pytest.approx(1 / n, rel=4 * np.sqrt(2 / deep.sum()))
+    field = noisy.image[inner]
+    for axis in (0, 1):
+        beside = (field * np.roll(field, 1, axis))[1:, 1:].mean() / field.var()
+        assert abs(beside) < 4 / np.sqrt(field.size)
+
+
+def test_a_frame_is_moved_exactly_and_its_holes_with_it():
+    rng = np.random.default_rng(5)
+    frame = ndimage.gaussian_filter(rng.normal(size=(64, 64)), 2.0)
+    hole = frame.copy()
+    hole[30:33, 40:43] = np.nan
+    value, there = placed(hole, np.array([5.0, -3.0]))
+    assert np.allclose(value[10:20, 10:50], frame[15:25, 7:47], atol=1e-3)
+    assert not there[25:28, 43:46].any() and there[10:20, 10:30].all()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_two_hundred_frames_at_a_thousand_electrons():
+    """All shifts within 0.1 px, the bad frames named, the average at the bound of the whole dose."""
+    made = stack(n=200, size=512, jumps=5, seed=11, vacancies=0.01)
+    frames = made.frames
+    rng = np.random.default_rng(1)
+    frames[40] = rng.permutation(frames[40].ravel()).reshape(512, 512)
+    frames[66] = 0
+    found = register(frames)
+    assert np.flatnonzero(found.outlier).tolist() == [40, 66]
+    good = ~found.outlier
+    away = (found.shift - made.shift)[good]
+    gauge = np.median(away, axis=0)
+    assert np.abs(away - gauge).max() < 0.1
+    z = (away - gauge) / found.sigma[good]
+    assert 0.85 < z.std() < 1.2
+    mean = average(frames, found)
+    deep = mean.weight == good.sum()
+    rows, columns = np.flatnonzero(deep.any(axis=1))[1:-1], np.flatnonzero(deep.any(axis=0))[1:-1]
+    image = mean.image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    columns_found = find_columns(image)
+    truth = made.layout.position - gauge - [rows[0], columns[0]]
+    distance, index = cKDTree(truth).query(columns_found.position)
+    assert (distance < 2).mean() > 0.995
+    near = distance < 2
+    offset = (columns_found.position - truth[index])[near]
+    offset -= np.median(offset, axis=0)
+    for site in (0, 1):
+        chosen = offset[made.layout.site[index][near] == site]
+        best = bound("SrTiO3[001]", site, made.dose * good.sum())
+        # some 300 columns of a site: a root mean square is known to 3 %; lines that wander by 0.2 px cost 2 % along x
+        assert np.sqrt((chosen**2).mean()) < 1.1 * best
+
+
+@real
+@pytest.mark.parametrize(
+    "name",
+    [
+        "4dstem/rosettasciio/ROI_Random_Scan_movie.mrc",
+        "formats/openNCEM/temp.mrc",
+        "formats/rosettasciio/test_loading_image_saved_with_DM_stack.tif",
+        "formats/rosettasciio/test_loading_image_saved_with_imageJ_stack.tif",
+    ],
+)
+def test_real_stacks_have_an_answer_or_a_reason(name):
+    from rsciio import mrc, tiff
+
+    reader = mrc.file_reader if name.endswith("mrc") else tiff.file_reader
+    frames = np.asarray(reader(str(DATA / name))[0]["data"])
+    frames = frames.reshape(-1, *frames.shape[-2:])[:60]
+    try:
+        found = register(frames)
+    except InputError as refused:
+        assert str(refused)
+        return
+    good = ~found.outlier
+    assert all(bool(text) == bad for text, bad in zip(found.reason, found.outlier, strict=True))
+    assert np.isfinite(found.shift[good]).all()
+    assert average(frames, found).image.shape == frames.shape[1:]
