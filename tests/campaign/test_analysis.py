@@ -156,6 +156,15 @@ def test_the_same_again_is_not_done_again_and_something_else_is_refused(tmp_path
     )
 
 
+def test_the_network_finds_the_same_columns(analysed, tmp_path):
+    folder, _, found = analysed
+    other = analyze(folder / "crystal.npy", tmp_path / "out", finder="network", denoise="nlm")
+    away, _ = cKDTree(other.found.columns.position).query(found.found.columns.position)
+    assert np.mean(away < 0.5) > 0.97
+    assert other.denoised.shape == other.image.shape and "Without noise" in other.report().path.read_text()
+    assert np.isfinite(other.fringes.values).any() and np.nanmax(np.abs(other.fringes.values[:3])) < 0.02
+
+
 def with_dopant(seed):
     """A crystal in whose middle one secondary column is three times as bright, and where that is."""
     rng = np.random.default_rng(seed)
@@ -413,7 +422,7 @@ def test_wrong_words_end_with_how_to_mend_them(tmp_path, monkeypatch, capsys, wo
 
 @pytest.mark.parametrize(
     "words",
-    [{"finder": "oracle"}, {"executor": "moon"}, {"pixel_size_nm": -1.0}, {"workers": 0}],
+    [{"finder": "oracle"}, {"denoise": "magic"}, {"executor": "moon"}, {"pixel_size_nm": -1.0}, {"workers": 0}],
     ids=lambda w: next(iter(w)),
 )
 def test_options_that_mean_nothing_are_refused(tmp_path, words):

@@ -256,10 +256,11 @@ def _judged(
     else:
         wide, times = ratio * sigma, abs(np.log(ratio)) / sigma
         off = 100 * (1 / ratio - 1)
-        message = (
-            f"{says}; {pixel_size.value_m * 1e12:.2f} pm were stated ({pixel_size.source}), {abs(off):.1f} % too "
-            f"{'large' if off > 0 else 'small'}, which is {times:.1f} deviations."
-        )
+        message = f"{says}; {pixel_size.value_m * 1e12:.2f} pm were stated ({pixel_size.source}), "
+        if abs(off) < 0.05:
+            message += "which is the same."
+        else:
+            message += f"{abs(off):.1f} % too {'large' if off > 0 else 'small'}, which is {times:.1f} deviations."
         if times >= _SIGNIFICANT:
             verdict = "disagrees"
         elif sigma <= _BLUNT:

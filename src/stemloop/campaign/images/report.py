@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from stemloop.campaign.images import packed
-from stemloop.campaign.images.summary import calibration_sentence, length
+from stemloop.campaign.images.summary import calibration_sentence, length, within
 from stemloop.campaign.report import _STYLE, _bare, _grouped, _plain, _png, _quiet, _section, _shown
 from stemloop.core.structure import Defect
 
@@ -34,9 +34,37 @@ _MARKS = {
     "vortex": ("*", "#ffffff"),
 }
 _LINES = {"grain-boundary": "#ff9f0a", "domain-wall": "#ffffff", "stacking-fault": "#bf5af2"}
+#: Details of defects: what a reader need not see, and (name, its deviation, words).
+_SILENT = ("column", "grain", "cells", "closed", "loop", "variants", "brightness", "margin_sigma")
+_WORDS = (
+    ("ratio", "ratio_sigma", "{} times as bright as others of its site"),
+    ("z_score", "", "{} deviations"),
+    ("misorientation_deg", "sigma_deg", "turned by {}°"),
+    ("type", "", "{}° wall"),
+    ("charge", "", "{}"),
+    ("angle_deg", "sigma_deg", "directions differ by {}°"),
+    ("width_px", "width_sigma_px", "{} px wide"),
+    ("length_px", "", "{} px long"),
+    ("burgers_cells", "", "Burgers vector {} cells"),
+    ("burgers", "", "which is {} px"),
+    ("displacement_cells", "", "displaced by {} cells"),
+    ("displacement", "", "which is {} px"),
+    ("winding", "", "winding number {}"),
+    ("sigma_px", "", "known to {} px"),
+)
+#: The numbers of what happens from frame to frame, in words.
+_DYNAMICS = {
+    "tracks": "tracks",
+    "seen_in_half_of_the_frames": "tracks seen in at least half of the frames",
+    "step_px": "typical step from frame to frame (px)",
+    "events": "events",
+    "reconstructions_in_frames": "frames in which many columns move at once",
+}
 #: A picture is drawn with at most so many pixels along a side; columns are marked where no more than these are in view.
 _MOST_PX, _MOST_MARKS, _MOST_ARROWS, _MOST_ROWS = 1400, 6000, 1600, 40
 _MORE_STYLE = """
+.fact b { font-size:1.12rem; overflow-wrap:anywhere }
+.facts { grid-template-columns:repeat(auto-fit,minmax(165px,1fr)) }
 .verdict { border-left:5px solid var(--line); font-size:1.02rem }
 .verdict.good { border-left-color:var(--good) } .verdict.warn { border-left-color:var(--warn) }
 .verdict p { color:var(--ink); margin:.2em 0; max-width:none }
@@ -178,7 +206,7 @@ class _View:
         down = -(-panels // across)
         width = 10.4 if panels > 1 or self.width >= self.height else 7.0
         each = width / across - (0.9 if bars else 0.15)
-        height = down * (each * self.height / self.width + 0.42)
+        height = down * (each * self.height / self.width + (0.42 if bars else 0.62))
         figure = Figure(figsize=(width, float(np.clip(height, 1.6, 26.0))), layout="constrained")
         axes: Any = figure.subplots(down, across, squeeze=False)
         return figure, list(axes.ravel())
@@ -238,8 +266,8 @@ class _View:
             name = "no site of a lattice" if k == 7 else names[k] if k < len(names) else f"site {k + 1}"
             axis.scatter(at[:, 1], at[:, 0], s=size, color=_COLOURS[k], linewidths=0, label=f"{name} ({len(at)})")
         if legend:
-            axis.legend(loc="upper right", fontsize=7.5, markerscale=max(1.0, 4 / np.sqrt(size)), framealpha=0.9,
-                        borderpad=0.4, handletextpad=0.2)  # fmt: skip
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=4, fontsize=8, frameon=False,
+                        markerscale=max(1.0, 4 / np.sqrt(size)), borderpad=0.2, handletextpad=0.1)  # fmt: skip
 
     def _defects(self, axis: Any, numbered: bool = True) -> None:
         for k, one in enumerate(self.found.defects):
@@ -304,16 +332,18 @@ class _View:
         if self.a.denoised is None:
             return ""
         figure, axes = self._figure(2)
-        side = self._zoom()
-        middle = np.array([self.height, self.width]) / 2
+        few = len(self.place) <= _MOST_MARKS
+        side = float(max(self.height, self.width)) if few else self._zoom()
+        middle = np.array([self.height, self.width]) / 2 - 0.5
         titles = ("as it was recorded", "without noise")
         for axis, image, title in zip(axes, (None, self.a.denoised), titles, strict=True):
             self._show(axis, image)
-            axis.set(
-                xlim=(middle[1] - side / 2, middle[1] + side / 2), ylim=(middle[0] + side / 2, middle[0] - side / 2)
-            )
+            if not few:
+                axis.set(
+                    xlim=(middle[1] - side / 2, middle[1] + side / 2), ylim=(middle[0] + side / 2, middle[0] - side / 2)
+                )
             axis.set_title(title, fontsize=10)
-        self._scale_bar(axes[0], side)
+        self._scale_bar(axes[0], min(side, float(self.width)))
         words = (
             "The right one is for the eye only: places, brightness and their deviations are measured in the image as "
             "it was recorded."
@@ -334,9 +364,9 @@ class _View:
         for k, one in enumerate(told[:12]):
             names = ("a1", "a2")
             sides = [
-                f"{one[f'{n}_nm']:.4f} ± {one['sigma_px'][i] * one[f'{n}_nm'] / one[f'{n}_px']:.4f} nm"
+                f"{within(one[f'{n}_nm'], one['sigma_px'][i] * one[f'{n}_nm'] / one[f'{n}_px'])} nm"
                 if f"{n}_nm" in one
-                else f"{one[f'{n}_px']:.3f} ± {one['sigma_px'][i]:.3f} px"
+                else f"{within(one[f'{n}_px'], one['sigma_px'][i])} px"
                 for i, n in enumerate(names)
             ]
             sites = ", ".join(
@@ -524,10 +554,14 @@ class _View:
         found = self.found.defects
         if not found:
             return _section(
-                "Defects", "None was found: every column is where the lattice expects one, and as bright.", ""
+                "Defects",
+                "None was found: within the crystal's outline every column is where the lattice expects one, and as "
+                "bright.",
+                "",
             )
+        names = self._kind()[1]
         rows = [
-            [str(k + 1), one.kind, self._where(one), f"{100 * one.p:.3g} %", _details(one)]
+            [str(k + 1), one.kind.replace("-", " "), self._where(one), f"{100 * one.p:.3g} %", _details(one, names)]
             for k, one in enumerate(found[:_MOST_ROWS])
         ]
         more = f"The first {_MOST_ROWS} of {len(found)}; all are in summary.json. " if len(found) > _MOST_ROWS else ""
@@ -613,8 +647,8 @@ class _View:
             )
         rows = [
             [
-                key.replace("_", " "),
-                f"{value[0]:.3g} ± {value[1]:.2g}" if key.startswith(("rate", "diffusion")) else _shown(value),
+                _DYNAMICS.get(key, key.replace("_", " ").replace("^2", "²")),
+                within(*value) if key.startswith(("rate", "diffusion")) else _shown(value),
             ]
             for key, value in told.items()
         ]
@@ -799,8 +833,22 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], plain: bool = Fal
     return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
 
 
-def _details(one: Defect) -> str:
-    return "; ".join(f"{key.replace('_', ' ')} {_value(value)}" for key, value in one.detail.items() if _value(value))
+def _details(one: Defect, sites: Sequence[str]) -> str:
+    """What is known of a defect, in words; all of it is in summary.json."""
+    rest = {key: value for key, value in one.detail.items() if key not in _SILENT}
+    told = []
+    if "site" in rest:
+        site = rest.pop("site")
+        told.append(sites[site] if 0 <= site < len(sites) else f"site {site + 1}")
+    if "grains" in rest:
+        told.append("between lattices {} and {}".format(*(g + 1 for g in rest.pop("grains"))))
+    for key, deviation, words in _WORDS:
+        if key in rest:
+            value, sigma = rest.pop(key), rest.pop(deviation, None)
+            plain = isinstance(value, (int, float)) and np.isfinite(value)
+            told.append(words.format(within(value, sigma) if plain else _value(value)))
+    told += [f"{key.replace('_', ' ')} {_value(value)}" for key, value in rest.items() if _value(value)]
+    return "; ".join(told)
 
 
 def _value(value: Any) -> str:

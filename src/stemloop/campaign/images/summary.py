@@ -239,6 +239,18 @@ def length(px: float, pixel_m: float | None) -> str:
     return f"{metres * 1e12:.1f} pm" if metres < 1e-10 else f"{metres * 1e9:.4f} nm"
 
 
+def within(value: float, sigma: float | None) -> str:
+    """A number and its deviation, to two digits of that.
+
+    >>> within(0.390414, 0.000032), within(37.62, 0.9), within(2.0, None)
+    ('0.390414 ± 0.000032', '37.62 ± 0.90', '2')
+    """
+    if sigma is None or not np.isfinite(sigma) or sigma <= 0:
+        return f"{value:.3g}"
+    digits = max(0, 1 - int(np.floor(np.log10(sigma))))
+    return f"{value:.{digits}f} ± {sigma:.{digits}f}"
+
+
 def calibration_sentence(analysis: Analysis) -> str:
     """The verdict on the size of a pixel, for a reader who knows nothing of it."""
     one, size = analysis.found.calibration, analysis.pixel_size
