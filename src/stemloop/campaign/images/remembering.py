@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from stemloop.campaign.images.one_image import Understood
+from stemloop.core.errors import InputError
 from stemloop.describe.fingerprints import DIMENSION, VERSION, fingerprints, patches, scatter, unit_px
 from stemloop.store.library import Element, Library
 
@@ -51,8 +52,11 @@ def remember(
     """Ask the library in the file ``path`` for the elements of ``image``, then add them all to it.
 
     Elements are all defects at a point, and all columns that are not at one, whose surroundings lie within the image.
+    An :class:`InputError` where the image shows no lattice: what is alike is not defined then.
     """
     columns = found.columns
+    if found.assignment is None or not found.assignment.grains:
+        raise InputError("the image shows no lattice, and the library compares surroundings within lattices.")
     point = [d for d in found.defects if len(np.atleast_2d(d.place)) == 1]
     places = np.concatenate([columns.position, *(np.atleast_2d(d.place) for d in point)])
     prints = fingerprints(image, columns, places)
@@ -103,8 +107,8 @@ def _questions(
 ) -> list[tuple[int, str]]:
     """(index, in words) of the elements to look up: the defects, and the most typical column of each kind."""
     asked = [(n + k, kind) for k, kind in enumerate(kinds) if inside[n + k]][:_MOST_QUERIES]
-    assigned = found.assignment
-    group = found.columns.sublattice if assigned is None or not assigned.grains else assigned.site
+    assert found.assignment is not None
+    group = found.assignment.site
     for value in np.unique(group[inside[:n]]):
         own = np.flatnonzero(inside[:n] & (group == value))
         if value >= 0 and len(own) >= 5:

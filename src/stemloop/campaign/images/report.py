@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from stemloop.campaign.images import packed
-from stemloop.campaign.images.summary import calibration_sentence, length, within
+from stemloop.campaign.images.summary import calibration_sentence, kinds_of_defects, length, within
 from stemloop.campaign.report import _STYLE, _bare, _grouped, _plain, _png, _quiet, _section, _shown
 from stemloop.core.structure import Defect
 
@@ -163,10 +163,11 @@ class _View:
                 if "a1_nm" in one
                 else f"{one['a1_px']:.1f} × {one['a2_px']:.1f} px"
             )
+            sites = "site" if len(one["sites"]) == 1 else "sites"
             more = f"; {len(s['lattices'])} lattices in all" if len(s["lattices"]) > 1 else ""
-            cards.append(("", sides, f"lattice, {one['angle_deg']:.1f}°, {len(one['sites'])} sites a cell{more}"))
+            cards.append(("", sides, f"lattice, {one['angle_deg']:.1f}°, {len(one['sites'])} {sites} a cell{more}"))
         if s["lattices"]:
-            kinds = ", ".join(f"{n} {kind}" for kind, n in s["defects_of_kind"].items()) or "none was found"
+            kinds = kinds_of_defects(s["defects_of_kind"]) or "none was found"
             cards.append(("", _grouped(sum(s["defects_of_kind"].values())), f"defects: {kinds}"))
         if frames > 1:
             good = frames - len(self.a.bad)
@@ -298,6 +299,9 @@ class _View:
         return _png(figure, f"columns found in {self.a.name}")
 
     def overview(self) -> str:
+        if not len(self.place):
+            words = "No atom column was found, so nothing is marked."
+            return _section("The image", words, self.marked())
         figure, axes = self._figure(2)
         self._show(axes[0])
         self._scale_bar(axes[0])
@@ -321,8 +325,6 @@ class _View:
         if self.found.defects and len(self.place) <= _MOST_MARKS:
             self._defects(axes[1])
             words += "Numbers are those of the list of defects."
-        if not len(self.place):
-            words = "No atom column was found, so nothing is marked."
         return _section(
             "The image and its atom columns", words.strip(), _png(figure, f"image and columns of {self.a.name}")
         )
@@ -370,7 +372,7 @@ class _View:
                 for i, n in enumerate(names)
             ]
             sites = ", ".join(
-                f"({site['place'][0]:.2f}, {site['place'][1]:.2f}): {site['columns']} ({site['brightness']:.3g})"
+                f"({site['place'][0]:.2f}, {site['place'][1]:.2f}): {site['columns']} ({_bright(site['brightness'])})"
                 for site in one["sites"]
             )
             rows.append([f"{k + 1}", *sides, f"{one['angle_deg']:.2f}°", f"{one['rotation_deg']:.2f}°",
@@ -812,6 +814,10 @@ def _swatch(colour: str) -> str:
 
 class _Raw(str):
     """Text that is HTML already."""
+
+
+def _bright(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _listed(noise: NDArray[Any]) -> str:

@@ -239,6 +239,24 @@ def length(px: float, pixel_m: float | None) -> str:
     return f"{metres * 1e12:.1f} pm" if metres < 1e-10 else f"{metres * 1e9:.4f} nm"
 
 
+def kinds_of_defects(number: dict[str, int]) -> str:
+    """How many there are of each kind, in words; empty if there are none.
+
+    >>> kinds_of_defects({"grain-boundary": 2, "dislocation": 1, "vacancy": 3, "vortex": 2})
+    '2 grain boundaries, 1 dislocation, 3 vacancies, 2 vortices'
+    """
+    return ", ".join(f"{n} {_several(kind, n)}" for kind, n in number.items())
+
+
+def _several(kind: str, n: int) -> str:
+    word = kind.replace("-", " ")
+    if n == 1:
+        return word
+    if word.endswith("y"):
+        return f"{word[:-1]}ies"
+    return f"{word[:-2]}ices" if word.endswith("ex") else f"{word}s"
+
+
 def within(value: float, sigma: float | None) -> str:
     """A number and its deviation, to two digits of that.
 
@@ -257,7 +275,7 @@ def calibration_sentence(analysis: Analysis) -> str:
     if one is not None and one.message:
         return str(one.message)
     if size.value_m is None:
-        return "Nobody says how large a pixel is, and the lattice was not asked or could not tell: lengths are in px."
+        return "Nothing says how large a pixel is, and no lattice could tell: lengths are in pixels."
     return (
         f"A pixel is {1e12 * size.value_m:.4g} pm by the {'user' if size.source == 'user' else size.source}; "
         f"{TRUST[size.trust]}."
@@ -289,7 +307,7 @@ def sentences(analysis: Analysis) -> list[tuple[str, str]]:
     told.append(("pixel", calibration_sentence(analysis)))
     if len(s["phases"]) > 1:
         told.append(("phases", ", ".join(f"{p['name']} ({100 * p['share']:.0f} %)" for p in s["phases"])))
-    kinds = ", ".join(f"{n} {kind}" for kind, n in s["defects_of_kind"].items())
+    kinds = kinds_of_defects(s["defects_of_kind"])
     if found.assignment is not None and found.assignment.grains:
         told.append(("defects", kinds or "none"))
     if analysis.bad:
