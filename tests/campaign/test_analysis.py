@@ -165,6 +165,22 @@ def test_the_network_finds_the_same_columns(analysed, tmp_path):
     assert np.isfinite(other.fringes.values).any() and np.nanmax(np.abs(other.fringes.values[:3])) < 0.02
 
 
+def test_a_map_is_laid_over_the_image(tmp_path):
+    layout, _ = crystal(side=160)
+    there = np.hypot(*(layout.position - [70, 90]).T) > 24  # a hole: without it every cell is alike
+    mean = pictures.mean_image(layout.take(there & (layout.position[:, 0] < 130)), 5e4)
+    spectra = pictures.counted(mean, np.random.default_rng(4)).reshape(20, 8, 20, 8).sum(axis=(1, 3))[..., None]
+    np.save(tmp_path / "map.npy", spectra * np.array([0.5, 0.3, 0.2]))
+    found = analyze(pictures.counted(mean, np.random.default_rng(5)), tmp_path / "out", map_file=tmp_path / "map.npy")
+    told = found.summary["map"]
+    assert told["trusted"] and told["correlation"] > 0.9
+    np.testing.assert_allclose(told["offset_px"], [3.5, 3.5], atol=1.0)
+    assert "The map on the image" in found.report().path.read_text(encoding="utf-8")
+    np.save(tmp_path / "flat.npy", np.ones((20, 20)))
+    other = analyze(found.image, tmp_path / "other", map_file=tmp_path / "flat.npy")
+    assert other.overlay is None and [part for part, _ in other.left_out] == ["map"]
+
+
 def with_dopant(seed):
     """A crystal in whose middle one secondary column is three times as bright, and where that is."""
     rng = np.random.default_rng(seed)

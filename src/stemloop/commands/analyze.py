@@ -21,6 +21,9 @@ def add(verbs: Any) -> None:
     verb.add_argument("--frame-s", type=float, metavar="T", help="time from frame to frame [s], for rates")
     verb.add_argument("--library", type=Path, metavar="FILE", help="library of structures to search and to add to")
     verb.add_argument("--denoise", metavar="METHOD", help="also show the image without noise: nlm or lattice")
+    verb.add_argument(
+        "--map", type=Path, metavar="FILE", help="map or spectrum image of the same area, to be laid over"
+    )
     verb.add_argument("--executor", default="local", help="of frames: local (default), dask or slurm")
     verb.add_argument("--workers", type=int, metavar="N", help="frames at once (default: one a core)")
     verb.add_argument("--scheduler", metavar="ADDRESS", help="of a running Dask cluster, such as tcp://host:8786")
@@ -63,6 +66,7 @@ def _analyze(words: argparse.Namespace) -> int:
             frame_time_s=words.frame_s,
             library=words.library,
             denoise=words.denoise,
+            map_file=words.map,
             executor=words.executor,
             workers=words.workers,
             scheduler=words.scheduler,

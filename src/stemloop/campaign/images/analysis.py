@@ -23,6 +23,7 @@ from stemloop.campaign.images import frames as frames_
 from stemloop.campaign.images import motion, packed, remembering, tables
 from stemloop.campaign.images.motion import Motion
 from stemloop.campaign.images.one_image import FINDERS, Understood, Wanted, understand
+from stemloop.campaign.images.overlay import Overlay, overlay
 from stemloop.campaign.images.remembering import Remembered
 from stemloop.campaign.images.showing import Fringes, fringes, without_noise
 from stemloop.core.errors import InputError, StemloopError, StorageError, from_code
@@ -49,7 +50,8 @@ class Analysis:
     bad : frame to reason, of the frames that could not be used. registration, motion : of a stack, else None.
     remembered : what the library knows that looks alike, if one was given. corner : (row, column) at which ``image``
     begins on the common frame of the registration. fringes : strain by geometric phase analysis. denoised : the image
-    without noise, to be looked at, if it was asked for. notes, left_out : sentences; what there is not, and why.
+    without noise, to be looked at, if it was asked for. overlay : where a map lies on the image, if one was given.
+    notes, left_out : sentences; what there is not, and why.
     """
 
     folder: Path
@@ -65,6 +67,7 @@ class Analysis:
     corner: tuple[int, int] = (0, 0)
     fringes: Fringes | None = None
     denoised: NDArray[np.float32] | None = None
+    overlay: Overlay | None = None
     notes: list[str] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -131,6 +134,7 @@ def analyze(
     frame_time_s: float | None = None,
     library: str | os.PathLike[str] | None = None,
     denoise: str | None = None,
+    map_file: str | os.PathLike[str] | None = None,
     executor: str = "local",
     workers: int | None = None,
     scheduler: str | None = None,
@@ -154,6 +158,7 @@ def analyze(
     library : file of a library of structural elements, to be searched and added to.
     denoise : ``nlm`` or ``lattice``: the report also shows the image without noise. What is measured comes from the
         image as it was recorded.
+    map_file : a map or spectrum image of the same area; the report shows where it lies on the image.
     executor : where frames are analysed: ``local`` (processes here), ``dask`` or ``slurm``. workers : how many at once;
         as many as there are cores if None. scheduler : address of a running Dask cluster. slurm_options : more words
         for ``sbatch``.
@@ -203,6 +208,13 @@ def analyze(
         analysis = run.together(frame_time_s or stack.frame_time_s)
         run.for_the_eye(analysis, denoise)
     analysis._kept = kept
+    if map_file is not None:
+        run.tell("map", 0, 1)
+        try:
+            analysis.overlay = overlay(analysis.image, analysis.pixel_size.value_m, map_file)
+        except StemloopError as error:
+            analysis.left_out.append(("map", str(error)))
+        run.tell("map", 1, 1)
     if library is not None:
         run.tell("library", 0, 1)
         try:

@@ -128,6 +128,7 @@ class _View:
             self.verdict(),
             self.overview(),
             self.denoised(),
+            self.overlay(),
             self.lattices(),
             self.polar() or self.displacement(),
             self.strain(),
@@ -351,6 +352,29 @@ class _View:
             "it was recorded."
         )
         return _section("Without noise", words, _png(figure, "the image without noise"))
+
+    def overlay(self) -> str:
+        """Where a map lies on the image."""
+        one = self.a.overlay
+        if one is None:
+            return ""
+        figure = Figure(figsize=(10.4, 4.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        self._show(left)
+        left.plot(one.outline[:, 1], one.outline[:, 0], color="#ffb000", lw=1.6)
+        left.set_title("where the map lies", fontsize=10)
+        self._scale_bar(left)
+        right.imshow(one.chart, cmap="magma", interpolation="nearest")
+        _bare(right)
+        right.set_title("the map", fontsize=10)
+        found = one.registration
+        sigma = " and ".join(f"{v:.2g}" for v in found.offset_sigma)
+        words = (
+            f"{one.name}, {one.chart.shape[0]} × {one.chart.shape[1]} px, begins at row {found.offset[0]:.1f} and "
+            f"column {found.offset[1]:.1f} of the image (known to {sigma} px). The correlation is {found.correlation:.2f}; "
+        )
+        words += "the place is clear." if found.trusted else "another place fits about as well: do not rely on it."
+        return _section("The map on the image", words, _png(figure, "where the map lies on the image"))
 
     def _zoom(self) -> float:
         return float(min(self.height, self.width, self.spacing * np.sqrt(1500)))

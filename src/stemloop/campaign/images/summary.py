@@ -10,6 +10,7 @@ import numpy as np
 from stemloop import __version__
 from stemloop.campaign.images.motion import told as motion_told
 from stemloop.campaign.images.one_image import Understood
+from stemloop.campaign.images.overlay import told as overlay_told
 from stemloop.core.structure import Defect, Grain
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ def summarise(analysis: Analysis, sha256: str, parameters: dict[str, Any], files
                 for one in analysis.remembered.seen
             ],
         }
+    if analysis.overlay is not None:
+        told["map"] = overlay_told(analysis.overlay)
     told["notes"] = list(analysis.notes)
     told["left_out"] = [f"{part}: {why}" for part, why in analysis.left_out]
     told["files"] = files
