@@ -371,7 +371,8 @@ class _View:
         sigma = " and ".join(f"{v:.2g}" for v in found.offset_sigma)
         words = (
             f"{one.name}, {one.chart.shape[0]} × {one.chart.shape[1]} px, begins at row {found.offset[0]:.1f} and "
-            f"column {found.offset[1]:.1f} of the image (known to {sigma} px). The correlation is {found.correlation:.2f}; "
+            f"column {found.offset[1]:.1f} of the image (known to {sigma} px). "
+            f"The correlation is {found.correlation:.2f}; "
         )
         words += "the place is clear." if found.trusted else "another place fits about as well: do not rely on it."
         return _section("The map on the image", words, _png(figure, "where the map lies on the image"))
