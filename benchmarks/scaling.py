@@ -23,8 +23,8 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 
 import numpy as np  # noqa: E402
 
-from stemloop.campaign import frames  # noqa: E402
-from stemloop.campaign.one_image import Wanted, understand  # noqa: E402
+from stemloop.campaign.images import frames  # noqa: E402
+from stemloop.campaign.images.one_image import Wanted, understand  # noqa: E402
 from stemloop.core.protocols import PixelSize  # noqa: E402
 from stemloop.simulate import pictures  # noqa: E402
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stemloop.campaign.analysis import analyze
+    from stemloop.campaign.images import analyze
     from stemloop.instrument.aclient import aconnect
     from stemloop.instrument.client import connect
 
@@ -16,7 +16,7 @@ __all__ = ["aconnect", "analyze", "connect"]
 def __getattr__(name: str) -> Any:
     """``analyze``, ``connect`` and ``aconnect`` are fetched when first used: ``import stemloop`` costs nothing."""
     if name == "analyze":
-        from stemloop.campaign.analysis import analyze
+        from stemloop.campaign.images import analyze
 
         return analyze
     if name == "connect":

@@ -17,10 +17,11 @@ from scipy.spatial import cKDTree
 
 import stemloop
 from stemloop import cli
-from stemloop.campaign import frames
-from stemloop.campaign.analysis import analyze, covered
+from stemloop.campaign.images import frames
+from stemloop.campaign.images.analysis import analyze, covered
 from stemloop.core.errors import InputError
 from stemloop.simulate import pictures
+from stemloop.store.library import Library
 
 DATA = Path(os.environ.get("STEMLOOP_DATA") or Path(__file__).parents[2] / "../shared/data")
 real = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real files: {DATA} is not there (set STEMLOOP_DATA)")
@@ -153,6 +154,58 @@ def test_the_same_again_is_not_done_again_and_something_else_is_refused(tmp_path
     assert analyze(image, tmp_path / "out", pixel_size_nm=0.02, overwrite=True).pixel_size.value_m == pytest.approx(
         2e-11
     )
+
+
+def test_the_network_finds_the_same_columns(analysed, tmp_path):
+    folder, _, found = analysed
+    other = analyze(folder / "crystal.npy", tmp_path / "out", finder="network", denoise="nlm")
+    away, _ = cKDTree(other.found.columns.position).query(found.found.columns.position)
+    assert np.mean(away < 0.5) > 0.97
+    assert other.denoised.shape == other.image.shape and "Without noise" in other.report().path.read_text()
+    assert np.isfinite(other.fringes.values).any() and np.nanmax(np.abs(other.fringes.values[:3])) < 0.02
+
+
+def test_a_map_is_laid_over_the_image(tmp_path):
+    layout, _ = crystal(side=160)
+    there = np.hypot(*(layout.position - [70, 90]).T) > 24  # a hole: without it every cell is alike
+    mean = pictures.mean_image(layout.take(there & (layout.position[:, 0] < 130)), 5e4)
+    spectra = pictures.counted(mean, np.random.default_rng(4)).reshape(20, 8, 20, 8).sum(axis=(1, 3))[..., None]
+    np.save(tmp_path / "map.npy", spectra * np.array([0.5, 0.3, 0.2]))
+    found = analyze(pictures.counted(mean, np.random.default_rng(5)), tmp_path / "out", map_file=tmp_path / "map.npy")
+    told = found.summary["map"]
+    assert told["trusted"] and told["correlation"] > 0.9
+    np.testing.assert_allclose(told["offset_px"], [3.5, 3.5], atol=1.0)
+    assert "The map on the image" in found.report().path.read_text(encoding="utf-8")
+    np.save(tmp_path / "flat.npy", np.ones((20, 20)))
+    other = analyze(found.image, tmp_path / "other", map_file=tmp_path / "flat.npy")
+    assert other.overlay is None and [part for part, _ in other.left_out] == ["map"]
+
+
+def with_dopant(seed):
+    """A crystal in whose middle one secondary column is three times as bright, and where that is."""
+    rng = np.random.default_rng(seed)
+    layout = pictures.layout("SrTiO3[001]", (200, 200), PIXEL_PM, 0.1 + 0.2 * seed)
+    away = np.hypot(*(layout.position - 100.0).T) + 1e3 * (layout.site == 0)
+    at = int(away.argmin())
+    weight = layout.weight.copy()
+    weight[at] *= 3
+    mean = pictures.mean_image(replace(layout, weight=weight), 5e4)
+    return layout.position[at], pictures.counted(mean, rng)
+
+
+def test_a_defect_is_remembered_once_and_as_what_it_is(tmp_path):
+    place, image = with_dopant(0)
+    first = analyze(image, tmp_path / "a", library=tmp_path / "seen.library")
+    (dopant,) = [d for d in first.found.defects if d.kind == "dopant"]
+    assert np.hypot(*(np.ravel(dopant.place) - place)) < 0.5
+    with Library(tmp_path / "seen.library") as library:
+        kept = [library.entry(k + 1) for k in range(len(library))]
+    near = [e.kind for e in kept if np.hypot(e.place[0] - place[0], e.place[1] - place[1]) < 3]
+    assert near == ["dopant"]
+    _, other = with_dopant(1)
+    second = analyze(other, tmp_path / "b", library=tmp_path / "seen.library")
+    (asked,) = [one for one in second.remembered.seen if one.what == "dopant"]
+    assert asked.others[0]["kind"] == "dopant" and asked.others[0]["file"] == "array"
 
 
 # ------------------------------------------------------------------------------------------------------------ stacks
@@ -385,7 +438,7 @@ def test_wrong_words_end_with_how_to_mend_them(tmp_path, monkeypatch, capsys, wo
 
 @pytest.mark.parametrize(
     "words",
-    [{"finder": "oracle"}, {"executor": "moon"}, {"pixel_size_nm": -1.0}, {"workers": 0}],
+    [{"finder": "oracle"}, {"denoise": "magic"}, {"executor": "moon"}, {"pixel_size_nm": -1.0}, {"workers": 0}],
     ids=lambda w: next(iter(w)),
 )
 def test_options_that_mean_nothing_are_refused(tmp_path, words):

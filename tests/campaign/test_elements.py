@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.spatial import cKDTree
 
-from stemloop.campaign.elements import elements_of
+from stemloop.campaign.images.elements import elements_of
 from stemloop.simulate.pictures import counted, mean_image
 from stemloop.simulate.planted import planted
 from stemloop.store.library import same

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 
-from stemloop.campaign import packed, parquet
+from stemloop.campaign.images import packed, parquet
 from stemloop.core.errors import InputError, IntegrityError
 from stemloop.core.structure import Columns, Defect, Grain
 

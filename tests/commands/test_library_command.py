@@ -95,7 +95,7 @@ def test_colours_are_one_image_and_spectra_none(tmp_path):
 
 
 def test_real_images_are_told_apart_and_their_likes_found(tmp_path):
-    from stemloop.campaign.elements import elements_of, images_of
+    from stemloop.campaign.images.elements import elements_of, images_of
 
     names = ["SciLink/MoS2_stem_Exp-001-5.npy", "SciLink/MoS2_stem_Exp-002-5.npy"]
     names += ["atomap/test_ADF_cropped.hdf5", "ai4stem/Fe_bcc_100.npy"]
@@ -114,7 +114,7 @@ def test_real_images_are_told_apart_and_their_likes_found(tmp_path):
 
 
 def test_a_real_image_turned_and_mirrored_has_the_same_fingerprints():
-    from stemloop.campaign.elements import images_of
+    from stemloop.campaign.images.elements import images_of
     from stemloop.core.structure import Columns
     from stemloop.describe import find_columns
     from stemloop.describe.fingerprints import fingerprints

@@ -162,11 +162,16 @@ def _follow(progress: Any, name: str, shards: Iterable[tuple[int, int]]) -> None
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command behind ``./scripts/train cbed``."""
+    """The command behind ``./scripts/train``: ``cbed`` here, ``atoms`` in :mod:`stemloop.campaign.atom_training`."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["atoms"]:
+        from stemloop.campaign import atom_training
+
+        return atom_training.main(words[1:])
     parser = argparse.ArgumentParser(
         prog="./scripts/train cbed", description=__doc__.splitlines()[0] if __doc__ else ""
     )
-    parser.add_argument("network", choices=["cbed"])
+    parser.add_argument("network", choices=["cbed", "atoms"], help="atoms has options of its own: atoms --help")
     parser.add_argument("--examples", type=int, default=75_680, help="simulated patterns (default 75680)")
     parser.add_argument("--epochs", type=int, default=Settings.epochs)
     parser.add_argument("--seed", type=int, default=0)
@@ -176,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--start", type=Path, help="checkpoint whose weights are the first ones")
     parser.add_argument("--card", type=Path, help="page whose measured part is written anew")
     parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args(arguments)
+    given = parser.parse_args(words)
     settings = Settings(epochs=given.epochs, seed=given.seed, threads=given.threads)
     try:
         card = train_cbed(given.out, given.data, given.examples, settings, resume=given.resume, start=given.start)

@@ -20,6 +20,10 @@ def add(verbs: Any) -> None:
     verb.add_argument("--which", metavar="N", help="number or title of the dataset, where a file holds several")
     verb.add_argument("--frame-s", type=float, metavar="T", help="time from frame to frame [s], for rates")
     verb.add_argument("--library", type=Path, metavar="FILE", help="library of structures to search and to add to")
+    verb.add_argument("--denoise", metavar="METHOD", help="also show the image without noise: nlm or lattice")
+    verb.add_argument(
+        "--map", type=Path, metavar="FILE", help="map or spectrum image of the same area, to be laid over"
+    )
     verb.add_argument("--executor", default="local", help="of frames: local (default), dask or slurm")
     verb.add_argument("--workers", type=int, metavar="N", help="frames at once (default: one a core)")
     verb.add_argument("--scheduler", metavar="ADDRESS", help="of a running Dask cluster, such as tcp://host:8786")
@@ -40,7 +44,7 @@ def _analyze(words: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from stemloop.campaign.analysis import analyze
+    from stemloop.campaign.images import analyze
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -61,6 +65,8 @@ def _analyze(words: argparse.Namespace) -> int:
             which=words.which,
             frame_time_s=words.frame_s,
             library=words.library,
+            denoise=words.denoise,
+            map_file=words.map,
             executor=words.executor,
             workers=words.workers,
             scheduler=words.scheduler,
@@ -75,7 +81,7 @@ def _analyze(words: argparse.Namespace) -> int:
 
 
 def _work(words: argparse.Namespace) -> int:
-    from stemloop.campaign import frames
+    from stemloop.campaign.images import frames
 
     number, _, parts = words.part.partition("/")
     if not (number.isdigit() and parts.isdigit() and 0 <= int(number) < int(parts)) or not words.frames:

@@ -64,7 +64,7 @@ def _add(words: argparse.Namespace) -> int:
 
 def _keep(library: Any, path: Path) -> tuple[int, list[Any]]:
     """How many elements of a file were new, and what was wrong with those of its frames that could not be read."""
-    from stemloop.campaign.elements import elements_of, images_of
+    from stemloop.campaign.images.elements import elements_of, images_of
     from stemloop.core.errors import InputError
     from stemloop.store.library import sha256_of
 
@@ -80,7 +80,7 @@ def _keep(library: Any, path: Path) -> tuple[int, list[Any]]:
 
 
 def _search(words: argparse.Namespace) -> int:
-    from stemloop.campaign.elements import element_at, images_of
+    from stemloop.campaign.images.elements import element_at, images_of
     from stemloop.store.library import sha256_of
 
     with _known(words.library) as library:

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["find_columns"]
+if TYPE_CHECKING:
+    from stemloop.core.protocols import ColumnFinder
+
+__all__ = ["find_columns", "finders"]
+
+
+def finders() -> dict[str, ColumnFinder]:
+    """What finds atom columns, by name: ``classical`` (significance against the noise) and ``network`` (learnt)."""
+    from stemloop.describe import atoms, network
+
+    return {"classical": atoms.find_columns, "network": network.find_columns}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,13 +8,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial import cKDTree
 
-from stemloop.campaign.one_image import Understood
-from stemloop.describe.fingerprints import DIMENSION, fingerprints, patches, scatter, unit_px
+from stemloop.campaign.images.one_image import Understood
+from stemloop.core.errors import InputError
+from stemloop.describe.fingerprints import DIMENSION, VERSION, fingerprints, patches, scatter, unit_px
 from stemloop.store.library import Element, Library
 
 #: Defects that are looked up, and images that are told of each.
 _MOST_QUERIES, _MOST_IMAGES = 24, 4
+#: A column within this many spacings of a point defect is that defect, and is not kept as a column too.
+_SAME = 0.3
 #: Elements beyond this many are kept without their picture.
 _MOST_PICTURES = 4000
 
@@ -47,14 +51,18 @@ def remember(
 ) -> Remembered:
     """Ask the library in the file ``path`` for the elements of ``image``, then add them all to it.
 
-    Elements are all columns and all defects at a point whose surroundings lie within the image.
+    Elements are all defects at a point, and all columns that are not at one, whose surroundings lie within the image.
+    An :class:`InputError` where the image shows no lattice: what is alike is not defined then.
     """
     columns = found.columns
+    if found.assignment is None or not found.assignment.grains:
+        raise InputError("the image shows no lattice, and the library compares surroundings within lattices.")
     point = [d for d in found.defects if len(np.atleast_2d(d.place)) == 1]
     places = np.concatenate([columns.position, *(np.atleast_2d(d.place) for d in point)])
     prints = fingerprints(image, columns, places)
     inside = np.asarray(np.isfinite(prints).all(axis=1))
     unit = unit_px(columns)
+    inside[: len(columns)] &= ~_at_a_defect(places, len(columns), _SAME * unit)
     spread = scatter(prints[: len(columns)], columns.sublattice)
     pictures = patches(image, places, unit) if len(places) <= _MOST_PICTURES else None
     kinds = ["column"] * len(columns) + [d.kind for d in point]
@@ -72,12 +80,19 @@ def remember(
         )
         for i in np.flatnonzero(inside)
     ]
-    with Library(path, dimension=DIMENSION) as library:
+    with Library(path, dimension=DIMENSION, version=VERSION) as library:
         size = len(library)
         asked = _questions(found, prints, inside, len(columns), [d.kind for d in point])
         seen = tuple(_seen(library, what, i, image, places, prints, unit, spread, sha256) for i, what in asked if size)
         added = library.add(elements, source, sha256)
     return Remembered(seen, size, added)
+
+
+def _at_a_defect(places: NDArray[np.float64], n: int, reach_px: float) -> NDArray[np.bool_]:
+    """(n,) which of the first ``n`` places (columns) lie within ``reach_px`` of one of the others (defects)."""
+    if len(places) == n:
+        return np.zeros(n, bool)
+    return np.isfinite(cKDTree(places[n:]).query(places[:n], distance_upper_bound=reach_px)[0])
 
 
 def _phases(found: Understood, n: int) -> list[str]:
@@ -92,8 +107,8 @@ def _questions(
 ) -> list[tuple[int, str]]:
     """(index, in words) of the elements to look up: the defects, and the most typical column of each kind."""
     asked = [(n + k, kind) for k, kind in enumerate(kinds) if inside[n + k]][:_MOST_QUERIES]
-    assigned = found.assignment
-    group = found.columns.sublattice if assigned is None or not assigned.grains else assigned.site
+    assert found.assignment is not None
+    group = found.assignment.site
     for value in np.unique(group[inside[:n]]):
         own = np.flatnonzero(inside[:n] & (group == value))
         if value >= 0 and len(own) >= 5:

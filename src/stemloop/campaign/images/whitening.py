@@ -1,4 +1,4 @@
-"""Learning the matrix that makes fingerprints white: ``python -m stemloop.campaign.whitening`` (a minute or two).
+"""Learning the matrix that makes fingerprints white: ``python -m stemloop.campaign.images.whitening`` (two minutes).
 
 Random surroundings (planes with columns taken out, replaced, split, moved; halves turned, shifted or of another plane)
 are each seen several times: turned, mirrored, at other pixel sizes, probe widths and backgrounds, with slightly wrong

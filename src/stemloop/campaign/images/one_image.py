@@ -5,7 +5,6 @@ Each step stands for itself: one that fails leaves its reason and takes only wha
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from stemloop.core.errors import InputError, MissingExtra, StemloopError
+from stemloop.core.errors import InputError, StemloopError
 from stemloop.core.protocols import PixelSize
 from stemloop.core.structure import Assignment, Columns, Defect
 from stemloop.describe import find_columns
@@ -86,11 +85,9 @@ def finder(name: str) -> Callable[..., Columns]:
     if name == "classical":
         return find_columns
     if name == "network":
-        try:
-            found: Callable[..., Columns] = importlib.import_module("stemloop.describe.network").find_columns
-        except ModuleNotFoundError:
-            raise MissingExtra("this stemloop has no network that finds columns; use the classical finder.") from None
-        return found
+        from stemloop.describe import network
+
+        return network.find_columns
     raise InputError(f"no column finder is called {name!r}; known: {', '.join(FINDERS)}.")
 
 

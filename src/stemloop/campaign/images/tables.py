@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stemloop.campaign import packed, parquet
-from stemloop.campaign.one_image import Understood
+from stemloop.campaign.images import packed, parquet
+from stemloop.campaign.images.one_image import Understood
 from stemloop.core.errors import InputError, StorageError
 from stemloop.core.structure import Columns
 

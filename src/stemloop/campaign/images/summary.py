@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stemloop import __version__
-from stemloop.campaign.motion import told as motion_told
-from stemloop.campaign.one_image import Understood
+from stemloop.campaign.images.motion import told as motion_told
+from stemloop.campaign.images.one_image import Understood
+from stemloop.campaign.images.overlay import told as overlay_told
 from stemloop.core.structure import Defect, Grain
 
 if TYPE_CHECKING:
-    from stemloop.campaign.analysis import Analysis
+    from stemloop.campaign.images.analysis import Analysis
 
 #: Trust in the size of a pixel, in words.
 TRUST = {
@@ -72,6 +73,8 @@ def summarise(analysis: Analysis, sha256: str, parameters: dict[str, Any], files
                 for one in analysis.remembered.seen
             ],
         }
+    if analysis.overlay is not None:
+        told["map"] = overlay_told(analysis.overlay)
     told["notes"] = list(analysis.notes)
     told["left_out"] = [f"{part}: {why}" for part, why in analysis.left_out]
     told["files"] = files
@@ -239,13 +242,43 @@ def length(px: float, pixel_m: float | None) -> str:
     return f"{metres * 1e12:.1f} pm" if metres < 1e-10 else f"{metres * 1e9:.4f} nm"
 
 
+def kinds_of_defects(number: dict[str, int]) -> str:
+    """How many there are of each kind, in words; empty if there are none.
+
+    >>> kinds_of_defects({"grain-boundary": 2, "dislocation": 1, "vacancy": 3, "vortex": 2})
+    '2 grain boundaries, 1 dislocation, 3 vacancies, 2 vortices'
+    """
+    return ", ".join(f"{n} {_several(kind, n)}" for kind, n in number.items())
+
+
+def _several(kind: str, n: int) -> str:
+    word = kind.replace("-", " ")
+    if n == 1:
+        return word
+    if word.endswith("y"):
+        return f"{word[:-1]}ies"
+    return f"{word[:-2]}ices" if word.endswith("ex") else f"{word}s"
+
+
+def within(value: float, sigma: float | None) -> str:
+    """A number and its deviation, to two digits of that.
+
+    >>> within(0.390414, 0.000032), within(37.62, 0.9), within(2.0, None)
+    ('0.390414 ± 0.000032', '37.62 ± 0.90', '2')
+    """
+    if sigma is None or not np.isfinite(sigma) or sigma <= 0:
+        return f"{value:.3g}"
+    digits = max(0, 1 - int(np.floor(np.log10(sigma))))
+    return f"{value:.{digits}f} ± {sigma:.{digits}f}"
+
+
 def calibration_sentence(analysis: Analysis) -> str:
     """The verdict on the size of a pixel, for a reader who knows nothing of it."""
     one, size = analysis.found.calibration, analysis.pixel_size
     if one is not None and one.message:
         return str(one.message)
     if size.value_m is None:
-        return "Nobody says how large a pixel is, and the lattice was not asked or could not tell: lengths are in px."
+        return "Nothing says how large a pixel is, and no lattice could tell: lengths are in pixels."
     return (
         f"A pixel is {1e12 * size.value_m:.4g} pm by the {'user' if size.source == 'user' else size.source}; "
         f"{TRUST[size.trust]}."
@@ -277,7 +310,7 @@ def sentences(analysis: Analysis) -> list[tuple[str, str]]:
     told.append(("pixel", calibration_sentence(analysis)))
     if len(s["phases"]) > 1:
         told.append(("phases", ", ".join(f"{p['name']} ({100 * p['share']:.0f} %)" for p in s["phases"])))
-    kinds = ", ".join(f"{n} {kind}" for kind, n in s["defects_of_kind"].items())
+    kinds = kinds_of_defects(s["defects_of_kind"])
     if found.assignment is not None and found.assignment.grains:
         told.append(("defects", kinds or "none"))
     if analysis.bad:

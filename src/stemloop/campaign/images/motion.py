@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from stemloop.campaign.one_image import Understood
+from stemloop.campaign.images.one_image import Understood
 from stemloop.core.errors import InputError
 from stemloop.core.structure import Columns
 from stemloop.describe.dynamics import Displacement, Rates, Tracks, link, mean_displacement, transitions

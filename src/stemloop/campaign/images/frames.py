@@ -24,8 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import stemloop
-from stemloop.campaign import packed
-from stemloop.campaign.one_image import Understood, Wanted, understand
+from stemloop.campaign.images import packed
+from stemloop.campaign.images.one_image import Understood, Wanted, understand
 from stemloop.core.errors import InputError, IntegrityError, MissingExtra, StemloopError, from_code
 from stemloop.core.protocols import PixelSize
 from stemloop.store.stack import Stack, open_stack
@@ -179,7 +179,7 @@ class _Worker:
     """A process that analyses frames of a folder, one at a time."""
 
     def __init__(self, folder: Path) -> None:
-        code = "import sys; from stemloop.campaign.frames import serve; serve(sys.argv[1])"
+        code = "import sys; from stemloop.campaign.images.frames import serve; serve(sys.argv[1])"
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", code, str(folder)],
             stdin=subprocess.PIPE,

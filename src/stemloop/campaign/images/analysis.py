@@ -19,13 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stemloop import __version__
-from stemloop.campaign import frames as frames_
-from stemloop.campaign import motion, packed, remembering, tables
-from stemloop.campaign.motion import Motion
-from stemloop.campaign.one_image import FINDERS, Understood, Wanted, understand
-from stemloop.campaign.remembering import Remembered
+from stemloop.campaign.images import frames as frames_
+from stemloop.campaign.images import motion, packed, remembering, tables
+from stemloop.campaign.images.motion import Motion
+from stemloop.campaign.images.one_image import FINDERS, Understood, Wanted, understand
+from stemloop.campaign.images.overlay import Overlay, overlay
+from stemloop.campaign.images.remembering import Remembered
+from stemloop.campaign.images.showing import Fringes, fringes, without_noise
 from stemloop.core.errors import InputError, StemloopError, StorageError, from_code
 from stemloop.core.protocols import PixelSize
+from stemloop.reduce.denoise import METHODS
 from stemloop.store.stack import Stack, open_stack
 
 if TYPE_CHECKING:
@@ -45,8 +48,10 @@ class Analysis:
     name : of the file. shape : (frames, rows, columns). pixel_size : after the lattice was asked. image : the image
     that was read (a single one), or the average of the registered frames. found : what is known of that image.
     bad : frame to reason, of the frames that could not be used. registration, motion : of a stack, else None.
-    remembered : what the library knows that looks alike, if one was given. notes, left_out : sentences; what there is
-    not, and why.
+    remembered : what the library knows that looks alike, if one was given. corner : (row, column) at which ``image``
+    begins on the common frame of the registration. fringes : strain by geometric phase analysis. denoised : the image
+    without noise, to be looked at, if it was asked for. overlay : where a map lies on the image, if one was given.
+    notes, left_out : sentences; what there is not, and why.
     """
 
     folder: Path
@@ -59,6 +64,10 @@ class Analysis:
     registration: Any = None
     motion: Motion | None = None
     remembered: Remembered | None = None
+    corner: tuple[int, int] = (0, 0)
+    fringes: Fringes | None = None
+    denoised: NDArray[np.float32] | None = None
+    overlay: Overlay | None = None
     notes: list[str] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -66,7 +75,7 @@ class Analysis:
 
     @property
     def columns(self) -> NDArray[Any]:
-        """The columns of ``image`` as a structured array (see :data:`stemloop.campaign.tables.ROW`);
+        """The columns of ``image`` as a structured array (see :data:`stemloop.campaign.images.tables.ROW`);
         ``pandas.DataFrame(analysis.columns)`` takes it as it is."""
         return tables.table(self.found, self.pixel_size.value_m)
 
@@ -94,18 +103,18 @@ class Analysis:
 
     def sentences(self) -> list[tuple[str, str]]:
         """(about what, sentence): the result in a few lines."""
-        from stemloop.campaign.analysis_summary import sentences
+        from stemloop.campaign.images.summary import sentences
 
         return [*sentences(self), ("report", str((self.folder / "report.html").resolve()))]
 
     def report(self) -> Any:
         """The page ``report.html``; a notebook shows it."""
-        from stemloop.campaign.analysis_report import Page
+        from stemloop.campaign.images.report import Page
 
         return Page(self.folder / "report.html")
 
     def _repr_html_(self) -> str:
-        from stemloop.campaign.analysis_report import card
+        from stemloop.campaign.images.report import card
 
         return card(self)
 
@@ -124,6 +133,8 @@ def analyze(
     which: int | str | None = None,
     frame_time_s: float | None = None,
     library: str | os.PathLike[str] | None = None,
+    denoise: str | None = None,
+    map_file: str | os.PathLike[str] | None = None,
     executor: str = "local",
     workers: int | None = None,
     scheduler: str | None = None,
@@ -145,6 +156,9 @@ def analyze(
     which : number or title of the dataset, where a file holds several.
     frame_time_s : time from frame to frame [s], for rates; the file's own if None.
     library : file of a library of structural elements, to be searched and added to.
+    denoise : ``nlm`` or ``lattice``: the report also shows the image without noise. What is measured comes from the
+        image as it was recorded.
+    map_file : a map or spectrum image of the same area; the report shows where it lies on the image.
     executor : where frames are analysed: ``local`` (processes here), ``dask`` or ``slurm``. workers : how many at once;
         as many as there are cores if None. scheduler : address of a running Dask cluster. slurm_options : more words
         for ``sbatch``.
@@ -165,6 +179,8 @@ def analyze(
         raise InputError(f"no column finder is called {finder!r}; known: {', '.join(FINDERS)}.")
     if executor not in frames_.EXECUTORS:
         raise InputError(f"no executor is called {executor!r}; known: {', '.join(frames_.EXECUTORS)}.")
+    if denoise is not None and denoise not in METHODS:
+        raise InputError(f"no way to denoise is called {denoise!r}; known: {', '.join(METHODS)}.")
     if pixel_size_nm is not None and not 0 < pixel_size_nm < 1e3:
         raise InputError(f"a pixel of {pixel_size_nm} nm is none; give its size in nanometres, such as 0.015.")
     if workers is not None and workers < 1:
@@ -190,7 +206,15 @@ def analyze(
         run = _Run(folder, name, stack, size, wanted, progress or (lambda *_: None))
         run.frames(executor, workers, scheduler, slurm_options)
         analysis = run.together(frame_time_s or stack.frame_time_s)
+        run.for_the_eye(analysis, denoise)
     analysis._kept = kept
+    if map_file is not None:
+        run.tell("map", 0, 1)
+        try:
+            analysis.overlay = overlay(analysis.image, analysis.pixel_size.value_m, map_file)
+        except StemloopError as error:
+            analysis.left_out.append(("map", str(error)))
+        run.tell("map", 1, 1)
     if library is not None:
         run.tell("library", 0, 1)
         try:
@@ -279,6 +303,7 @@ class _Run:
         self.folder, self.name, self.stack, self.size, self.wanted, self.tell = folder, name, stack, size, wanted, tell
         self.notes: list[str] = list(stack.notes)
         self.left_out: list[tuple[str, str]] = []
+        self.corner = (0, 0)
 
     def frames(self, executor: str, workers: int | None, scheduler: str | None, slurm_options: tuple[str, ...]) -> None:
         """Analyse every frame that is not yet."""
@@ -362,6 +387,7 @@ class _Run:
             image, found = np.asarray(self.stack[first], dtype=np.float64), frames_.load(self.folder, first)
         else:
             image, corner = covered(averaged.image, averaged.weight)
+            self.corner = corner
             self.notes.append(
                 f"the average of {count - len(bad)} frames is shown, where at least half of them overlap: "
                 f"{image.shape[0]} x {image.shape[1]} px from ({corner[0]}, {corner[1]}) on."
@@ -410,6 +436,17 @@ class _Run:
         )
         self.tell("linking", 1, 1)
 
+    def for_the_eye(self, analysis: Analysis, denoise: str | None) -> None:
+        """What only the report shows."""
+        image, assigned, before = analysis.image, analysis.found.assignment, len(self.left_out)
+        self.tell("pictures", 0, 1)
+        if assigned is not None and assigned.grains:
+            analysis.fringes = self.once("strain_from_fringes", lambda: fringes(image, assigned))
+        if denoise is not None:
+            analysis.denoised = self.once(f"denoised_by_{denoise}", lambda: without_noise(image, denoise))
+        self.tell("pictures", 1, 1)
+        analysis.left_out += self.left_out[before:]
+
     def _analysis(self, image: NDArray[np.float64], found: Understood, bad: dict[int, str]) -> Analysis:
         size = self.size
         if found.calibration is not None and size.value_m is not None:
@@ -424,6 +461,7 @@ class _Run:
             image,
             found,
             bad,
+            corner=self.corner,
             notes=[*self.notes, *found.notes],
             left_out=[*self.left_out, *found.left_out],
         )
@@ -481,8 +519,8 @@ def _symbols(found: Understood) -> tuple[str, ...]:
 
 def _finish(analysis: Analysis, sha256: str, parameters: dict[str, Any], tell: Progress) -> None:
     """Write the tables, the summary and the page."""
-    from stemloop.campaign.analysis_report import write_report
-    from stemloop.campaign.analysis_summary import summarise
+    from stemloop.campaign.images.report import write_report
+    from stemloop.campaign.images.summary import summarise
 
     folder, pixel_m = analysis.folder, analysis.pixel_size.value_m
     tell("writing", 0, 3)

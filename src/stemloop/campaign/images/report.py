@@ -15,13 +15,13 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from stemloop.campaign import packed
-from stemloop.campaign.analysis_summary import calibration_sentence, length
+from stemloop.campaign.images import packed
+from stemloop.campaign.images.summary import calibration_sentence, kinds_of_defects, length, within
 from stemloop.campaign.report import _STYLE, _bare, _grouped, _plain, _png, _quiet, _section, _shown
 from stemloop.core.structure import Defect
 
 if TYPE_CHECKING:
-    from stemloop.campaign.analysis import Analysis
+    from stemloop.campaign.images.analysis import Analysis
 
 Floats = NDArray[np.float64]
 
@@ -34,9 +34,37 @@ _MARKS = {
     "vortex": ("*", "#ffffff"),
 }
 _LINES = {"grain-boundary": "#ff9f0a", "domain-wall": "#ffffff", "stacking-fault": "#bf5af2"}
+#: Details of defects: what a reader need not see, and (name, its deviation, words).
+_SILENT = ("column", "grain", "cells", "closed", "loop", "variants", "brightness", "margin_sigma")
+_WORDS = (
+    ("ratio", "ratio_sigma", "{} times as bright as others of its site"),
+    ("z_score", "", "{} deviations"),
+    ("misorientation_deg", "sigma_deg", "turned by {}°"),
+    ("type", "", "{}° wall"),
+    ("charge", "", "{}"),
+    ("angle_deg", "sigma_deg", "directions differ by {}°"),
+    ("width_px", "width_sigma_px", "{} px wide"),
+    ("length_px", "", "{} px long"),
+    ("burgers_cells", "", "Burgers vector {} cells"),
+    ("burgers", "", "which is {} px"),
+    ("displacement_cells", "", "displaced by {} cells"),
+    ("displacement", "", "which is {} px"),
+    ("winding", "", "winding number {}"),
+    ("sigma_px", "", "known to {} px"),
+)
+#: The numbers of what happens from frame to frame, in words.
+_DYNAMICS = {
+    "tracks": "tracks",
+    "seen_in_half_of_the_frames": "tracks seen in at least half of the frames",
+    "step_px": "typical step from frame to frame (px)",
+    "events": "events",
+    "reconstructions_in_frames": "frames in which many columns move at once",
+}
 #: A picture is drawn with at most so many pixels along a side; columns are marked where no more than these are in view.
 _MOST_PX, _MOST_MARKS, _MOST_ARROWS, _MOST_ROWS = 1400, 6000, 1600, 40
 _MORE_STYLE = """
+.fact b { font-size:1.12rem; overflow-wrap:anywhere }
+.facts { grid-template-columns:repeat(auto-fit,minmax(165px,1fr)) }
 .verdict { border-left:5px solid var(--line); font-size:1.02rem }
 .verdict.good { border-left-color:var(--good) } .verdict.warn { border-left-color:var(--warn) }
 .verdict p { color:var(--ink); margin:.2em 0; max-width:none }
@@ -99,6 +127,8 @@ class _View:
             self.headline(),
             self.verdict(),
             self.overview(),
+            self.denoised(),
+            self.overlay(),
             self.lattices(),
             self.polar() or self.displacement(),
             self.strain(),
@@ -134,10 +164,11 @@ class _View:
                 if "a1_nm" in one
                 else f"{one['a1_px']:.1f} × {one['a2_px']:.1f} px"
             )
+            sites = "site" if len(one["sites"]) == 1 else "sites"
             more = f"; {len(s['lattices'])} lattices in all" if len(s["lattices"]) > 1 else ""
-            cards.append(("", sides, f"lattice, {one['angle_deg']:.1f}°, {len(one['sites'])} sites a cell{more}"))
+            cards.append(("", sides, f"lattice, {one['angle_deg']:.1f}°, {len(one['sites'])} {sites} a cell{more}"))
         if s["lattices"]:
-            kinds = ", ".join(f"{n} {kind}" for kind, n in s["defects_of_kind"].items()) or "none was found"
+            kinds = kinds_of_defects(s["defects_of_kind"]) or "none was found"
             cards.append(("", _grouped(sum(s["defects_of_kind"].values())), f"defects: {kinds}"))
         if frames > 1:
             good = frames - len(self.a.bad)
@@ -177,7 +208,7 @@ class _View:
         down = -(-panels // across)
         width = 10.4 if panels > 1 or self.width >= self.height else 7.0
         each = width / across - (0.9 if bars else 0.15)
-        height = down * (each * self.height / self.width + 0.42)
+        height = down * (each * self.height / self.width + (0.42 if bars else 0.62))
         figure = Figure(figsize=(width, float(np.clip(height, 1.6, 26.0))), layout="constrained")
         axes: Any = figure.subplots(down, across, squeeze=False)
         return figure, list(axes.ravel())
@@ -237,8 +268,8 @@ class _View:
             name = "no site of a lattice" if k == 7 else names[k] if k < len(names) else f"site {k + 1}"
             axis.scatter(at[:, 1], at[:, 0], s=size, color=_COLOURS[k], linewidths=0, label=f"{name} ({len(at)})")
         if legend:
-            axis.legend(loc="upper right", fontsize=7.5, markerscale=max(1.0, 4 / np.sqrt(size)), framealpha=0.9,
-                        borderpad=0.4, handletextpad=0.2)  # fmt: skip
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=4, fontsize=8, frameon=False,
+                        markerscale=max(1.0, 4 / np.sqrt(size)), borderpad=0.2, handletextpad=0.1)  # fmt: skip
 
     def _defects(self, axis: Any, numbered: bool = True) -> None:
         for k, one in enumerate(self.found.defects):
@@ -269,6 +300,9 @@ class _View:
         return _png(figure, f"columns found in {self.a.name}")
 
     def overview(self) -> str:
+        if not len(self.place):
+            words = "No atom column was found, so nothing is marked."
+            return _section("The image", words, self.marked())
         figure, axes = self._figure(2)
         self._show(axes[0])
         self._scale_bar(axes[0])
@@ -292,11 +326,56 @@ class _View:
         if self.found.defects and len(self.place) <= _MOST_MARKS:
             self._defects(axes[1])
             words += "Numbers are those of the list of defects."
-        if not len(self.place):
-            words = "No atom column was found, so nothing is marked."
         return _section(
             "The image and its atom columns", words.strip(), _png(figure, f"image and columns of {self.a.name}")
         )
+
+    def denoised(self) -> str:
+        """The image without noise, beside it as it was."""
+        if self.a.denoised is None:
+            return ""
+        figure, axes = self._figure(2)
+        few = len(self.place) <= _MOST_MARKS
+        side = float(max(self.height, self.width)) if few else self._zoom()
+        middle = np.array([self.height, self.width]) / 2 - 0.5
+        titles = ("as it was recorded", "without noise")
+        for axis, image, title in zip(axes, (None, self.a.denoised), titles, strict=True):
+            self._show(axis, image)
+            if not few:
+                axis.set(
+                    xlim=(middle[1] - side / 2, middle[1] + side / 2), ylim=(middle[0] + side / 2, middle[0] - side / 2)
+                )
+            axis.set_title(title, fontsize=10)
+        self._scale_bar(axes[0], min(side, float(self.width)))
+        words = (
+            "The right one is for the eye only: places, brightness and their deviations are measured in the image as "
+            "it was recorded."
+        )
+        return _section("Without noise", words, _png(figure, "the image without noise"))
+
+    def overlay(self) -> str:
+        """Where a map lies on the image."""
+        one = self.a.overlay
+        if one is None:
+            return ""
+        figure = Figure(figsize=(10.4, 4.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        self._show(left)
+        left.plot(one.outline[:, 1], one.outline[:, 0], color="#ffb000", lw=1.6)
+        left.set_title("where the map lies", fontsize=10)
+        self._scale_bar(left)
+        right.imshow(one.chart, cmap="magma", interpolation="nearest")
+        _bare(right)
+        right.set_title("the map", fontsize=10)
+        found = one.registration
+        sigma = " and ".join(f"{v:.2g}" for v in found.offset_sigma)
+        words = (
+            f"{one.name}, {one.chart.shape[0]} × {one.chart.shape[1]} px, begins at row {found.offset[0]:.1f} and "
+            f"column {found.offset[1]:.1f} of the image (known to {sigma} px). "
+            f"The correlation is {found.correlation:.2f}; "
+        )
+        words += "the place is clear." if found.trusted else "another place fits about as well: do not rely on it."
+        return _section("The map on the image", words, _png(figure, "where the map lies on the image"))
 
     def _zoom(self) -> float:
         return float(min(self.height, self.width, self.spacing * np.sqrt(1500)))
@@ -312,13 +391,13 @@ class _View:
         for k, one in enumerate(told[:12]):
             names = ("a1", "a2")
             sides = [
-                f"{one[f'{n}_nm']:.4f} ± {one['sigma_px'][i] * one[f'{n}_nm'] / one[f'{n}_px']:.4f} nm"
+                f"{within(one[f'{n}_nm'], one['sigma_px'][i] * one[f'{n}_nm'] / one[f'{n}_px'])} nm"
                 if f"{n}_nm" in one
-                else f"{one[f'{n}_px']:.3f} ± {one['sigma_px'][i]:.3f} px"
+                else f"{within(one[f'{n}_px'], one['sigma_px'][i])} px"
                 for i, n in enumerate(names)
             ]
             sites = ", ".join(
-                f"({site['place'][0]:.2f}, {site['place'][1]:.2f}): {site['columns']} ({site['brightness']:.3g})"
+                f"({site['place'][0]:.2f}, {site['place'][1]:.2f}): {site['columns']} ({_bright(site['brightness'])})"
                 for site in one["sites"]
             )
             rows.append([f"{k + 1}", *sides, f"{one['angle_deg']:.2f}°", f"{one['rotation_deg']:.2f}°",
@@ -407,30 +486,48 @@ class _View:
         strain = self.found.strain
         if strain is None or not np.isfinite(strain.e_xx).any():
             return ""
-        figure, axes = self._figure(4, bars=True)
-        names = ("e_xx (%)", "e_yy (%)", "e_xy (%)", "rotation (mrad)")
-        noise = []
-        for axis, name, values, factor, sigma in zip(
-            axes, names, (strain.e_xx, strain.e_yy, strain.e_xy, strain.rotation), (100, 100, 100, 1e3),
-            strain.sigma.T, strict=True,
-        ):  # fmt: skip
-            known = np.isfinite(values)
-            scaled = values[known] * factor
-            edge = max(float(np.percentile(np.abs(scaled), 97)), 1e-9)
-            shown = axis.imshow(
-                self._painted(self.place[known], scaled), extent=self._extent(), cmap="RdBu_r", vmin=-edge, vmax=edge,
-                interpolation="nearest",
-            )  # fmt: skip
-            _bare(axis)
-            axis.set_title(name, fontsize=10)
-            _bar(figure, shown, axis, "")
-            noise.append(float(np.nanmedian(sigma)) * factor)
+        names, factors = ("e_xx (%)", "e_yy (%)", "e_xy (%)", "rotation (mrad)"), np.array([100.0, 100.0, 100.0, 1e3])
+        values = np.stack([strain.e_xx, strain.e_yy, strain.e_xy, strain.rotation], axis=1) * factors
+        fringes = self.a.fringes
+        maps = [[self._painted(self.place[known], v[known]) for v in values.T for known in (np.isfinite(v),)]]
+        if fringes is not None:
+            maps.append([one * factor for one, factor in zip(fringes.values, factors, strict=True)])
+        edges = np.maximum(np.nanpercentile(np.abs(values), 97, axis=0), 1e-9)
+        figure, axes = self._strain_panels(len(maps))
+        for way, row in enumerate(maps):
+            for k, one in enumerate(row):
+                axis = axes[way][k]
+                shown = axis.imshow(one, extent=self._extent(), cmap="RdBu_r", vmin=-edges[k], vmax=edges[k],
+                                    interpolation="nearest")  # fmt: skip
+                _bare(axis)
+                source = "" if len(maps) == 1 else " from columns" if way == 0 else " from fringes"
+                axis.set_title(names[k] + source, fontsize=9)
+                _bar(figure, shown, axis, "")
+        noise = np.nanmedian(strain.sigma, axis=0) * factors
         words = (
             "Against the mean lattice of the grain: x to the right, y down, the rotation clockwise on the screen. "
-            f"A value's own deviation is typically {noise[0]:.2g} %, {noise[1]:.2g} %, {noise[2]:.2g} % and "
-            f"{noise[3]:.2g} mrad."
+            f"A value's own deviation is typically {_listed(noise)} from columns"
         )
-        return _section("Strain", words, _png(figure, "strain maps"))
+        if fringes is not None:
+            words += (
+                f" and {_listed(fringes.sigma * factors)} from fringes (geometric phase analysis of the largest "
+                f"lattice, averaged by a Gaussian of {length(fringes.resolution_px, self.pixel_m)})"
+            )
+        return _section("Strain", words + ".", _png(figure, "strain maps"))
+
+    def _strain_panels(self, ways: int) -> tuple[Figure, Any]:
+        """A figure and its axes [way][component]."""
+        flat = self.width > 2.2 * self.height
+        across, down = (ways, 4) if flat or ways == 1 else (4, ways)
+        if ways == 1 and not flat:
+            across, down = 2, 2
+        each = 10.4 / across - (0.9 if across < 4 else 0.55)
+        figure = Figure(
+            figsize=(10.4, float(np.clip(down * (each * self.height / self.width + 0.42), 1.6, 26.0))),
+            layout="constrained",
+        )
+        axes: Any = figure.subplots(down, across, squeeze=False)
+        return figure, axes.T if flat and ways > 1 else axes.reshape(ways, 4)
 
     def phases(self) -> str:
         found = self.found.phases
@@ -484,10 +581,14 @@ class _View:
         found = self.found.defects
         if not found:
             return _section(
-                "Defects", "None was found: every column is where the lattice expects one, and as bright.", ""
+                "Defects",
+                "None was found: within the crystal's outline every column is where the lattice expects one, and as "
+                "bright.",
+                "",
             )
+        names = self._kind()[1]
         rows = [
-            [str(k + 1), one.kind, self._where(one), f"{100 * one.p:.3g} %", _details(one)]
+            [str(k + 1), one.kind.replace("-", " "), self._where(one), f"{100 * one.p:.3g} %", _details(one, names)]
             for k, one in enumerate(found[:_MOST_ROWS])
         ]
         more = f"The first {_MOST_ROWS} of {len(found)}; all are in summary.json. " if len(found) > _MOST_ROWS else ""
@@ -573,8 +674,8 @@ class _View:
             )
         rows = [
             [
-                key.replace("_", " "),
-                f"{value[0]:.3g} ± {value[1]:.2g}" if key.startswith(("rate", "diffusion")) else _shown(value),
+                _DYNAMICS.get(key, key.replace("_", " ").replace("^2", "²")),
+                within(*value) if key.startswith(("rate", "diffusion")) else _shown(value),
             ]
             for key, value in told.items()
         ]
@@ -740,6 +841,15 @@ class _Raw(str):
     """Text that is HTML already."""
 
 
+def _bright(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _listed(noise: NDArray[Any]) -> str:
+    """Deviations of the three strains [%] and of the rotation [mrad]."""
+    return f"{noise[0]:.2g} %, {noise[1]:.2g} %, {noise[2]:.2g} % and {noise[3]:.2g} mrad"
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], plain: bool = False) -> str:
     if not rows:
         return ""
@@ -754,8 +864,22 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], plain: bool = Fal
     return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
 
 
-def _details(one: Defect) -> str:
-    return "; ".join(f"{key.replace('_', ' ')} {_value(value)}" for key, value in one.detail.items() if _value(value))
+def _details(one: Defect, sites: Sequence[str]) -> str:
+    """What is known of a defect, in words; all of it is in summary.json."""
+    rest = {key: value for key, value in one.detail.items() if key not in _SILENT}
+    told = []
+    if "site" in rest:
+        site = rest.pop("site")
+        told.append(sites[site] if 0 <= site < len(sites) else f"site {site + 1}")
+    if "grains" in rest:
+        told.append("between lattices {} and {}".format(*(g + 1 for g in rest.pop("grains"))))
+    for key, deviation, words in _WORDS:
+        if key in rest:
+            value, sigma = rest.pop(key), rest.pop(deviation, None)
+            plain = isinstance(value, (int, float)) and np.isfinite(value)
+            told.append(words.format(within(value, sigma) if plain else _value(value)))
+    told += [f"{key.replace('_', ' ')} {_value(value)}" for key, value in rest.items() if _value(value)]
+    return "; ".join(told)
 
 
 def _value(value: Any) -> str:

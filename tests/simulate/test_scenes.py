@@ -1,0 +1,54 @@
+"""Random scenes: reproducible, of the kind asked for, and with the truth that they state."""
+
+import numpy as np
+import pytest
+from scipy.spatial import cKDTree
+
+from stemloop.core.errors import UnknownName
+from stemloop.simulate.scenes import KINDS, PIXEL_PM, scene
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_seed_makes_the_same_scene(kind):
+    one, other = (scene(np.random.default_rng(3), 40.0, kind) for _ in range(2))
+    assert np.array_equal(one.image, other.image) and np.array_equal(one.position, other.position)
+    assert one.kind == kind and np.isfinite(one.image).all()
+    assert PIXEL_PM[0] <= one.pixel_pm <= PIXEL_PM[1]
+
+
+def test_a_scene_is_as_large_as_asked_in_widths_of_its_probe():
+    for seed in range(8):
+        made = scene(np.random.default_rng(seed), 50.0)
+        assert made.image.shape[0] == pytest.approx(max(24, 50 * made.probe), abs=1)
+
+
+def test_columns_are_apart_and_where_the_image_is_bright():
+    """The mean over many scenes of the matched filter at the true places, in deviations of the image, is well above
+    that at random places."""
+    at, elsewhere = [], []
+    for seed in range(24):
+        rng = np.random.default_rng([9, seed])
+        made = scene(rng, 50.0, ["lattice", "particle", "single atoms"][seed % 3])
+        if len(made.position) > 1:
+            near = cKDTree(made.position).query(made.position, 2)[0][:, 1]
+            assert near.min() > 1.2 * made.probe
+        from scipy import ndimage
+
+        seen = -ndimage.gaussian_laplace(made.image, made.probe)
+        seen = (seen - seen.mean()) / seen.std()
+        index = made.position.round().astype(int)
+        index = index[((index > 3) & (index < made.image.shape[0] - 4)).all(axis=1)]
+        at += list(seen[tuple(index.T)])
+        elsewhere += list(seen[tuple(rng.integers(4, made.image.shape[0] - 4, (2, len(index))))])
+    assert np.mean(at) > np.mean(elsewhere) + 0.5
+
+
+def test_nothing_is_nothing():
+    for seed in range(5):
+        made = scene(np.random.default_rng(seed), 40.0, "nothing")
+        assert len(made.position) == 0 and made.image.std() > 0
+
+
+def test_unknown_kinds_are_refused():
+    with pytest.raises(UnknownName, match="lattice"):
+        scene(np.random.default_rng(0), 40.0, "quasicrystal")
