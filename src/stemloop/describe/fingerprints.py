@@ -225,6 +225,15 @@ def scatter(vectors: NDArray[Any], group: NDArray[Any]) -> float:
     return float(np.sqrt(np.median(np.concatenate(squares)) / stats.chi2.median(np.shape(vectors)[1])))
 
 
+def scatters(vectors: NDArray[Any], group: NDArray[Any]) -> Floats:
+    """(n,) the :func:`scatter` of each vector's own ``group`` (n,) (weak columns scatter more); of vectors of no group
+    (-1: vacant places, defects) the largest of all."""
+    group = np.asarray(group)
+    of_group = {k: scatter(vectors[group == k], group[group == k]) for k in np.unique(group[group >= 0])}
+    most = max(of_group.values(), default=1.0)
+    return np.array([of_group.get(k, most) for k in group], dtype=np.float64)
+
+
 def _checked(image: NDArray[Any], places: NDArray[Any]) -> tuple[Floats, Floats]:
     pixels = np.asarray(image)
     if pixels.ndim != 2 or min(pixels.shape) < 8 or pixels.dtype.kind not in "biuf":

@@ -75,9 +75,7 @@ def _start(soft: Image, position: Floats, width: float) -> Floats:
     return np.column_stack([position, height, np.full(len(position), np.log(width))])
 
 
-def _doubted(
-    residual: Image, measured: NDArray[np.bool_], noise: Noise, mean: Image, width: float
-) -> Image:
+def _doubted(residual: Image, measured: NDArray[np.bool_], noise: Noise, mean: Image, width: float) -> Image:
     """One over the noise's variance, or over the residual's own where a first fit left more than noise."""
     weight = measured / noise.variance(mean)
     ratio = filters.smooth((weight * residual**2).astype(np.float32), width)

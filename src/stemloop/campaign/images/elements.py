@@ -14,7 +14,7 @@ from stemloop.core.errors import InputError
 from stemloop.core.signal import Signal
 from stemloop.core.structure import Columns
 from stemloop.describe.atoms import find_columns
-from stemloop.describe.fingerprints import fingerprints, patches, scatter, unit_px
+from stemloop.describe.fingerprints import fingerprints, patches, scatters, unit_px
 from stemloop.store.library import Element
 from stemloop.store.readers import read
 
@@ -85,9 +85,7 @@ def _elements(
 ) -> list[Element]:
     vectors = fingerprints(image, columns, places)
     pictures = patches(image, places, unit_px(columns))
-    site, found = np.asarray(columns.sublattice), vectors[: len(columns)]
-    of_site = {k: scatter(found[site == k], site[site == k]) for k in np.unique(site)}  # weak ones scatter more
-    most = max(of_site.values(), default=1.0)
+    spread = scatters(vectors, group)
     chance = np.append(columns.p_present, np.ones(len(places) - len(columns)))
     return [
         Element(
@@ -97,7 +95,7 @@ def _elements(
             f"site-{group[i]}" if group[i] >= 0 else "",
             float(chance[i]),
             frame,
-            of_site.get(group[i], most),
+            float(spread[i]),
             patch=pictures[i],
         )
         for i in np.flatnonzero(np.isfinite(vectors).all(axis=1))

@@ -12,7 +12,7 @@ from scipy.spatial import cKDTree
 
 from stemloop.campaign.images.one_image import Understood
 from stemloop.core.errors import InputError
-from stemloop.describe.fingerprints import DIMENSION, VERSION, fingerprints, patches, scatter, unit_px
+from stemloop.describe.fingerprints import DIMENSION, VERSION, fingerprints, patches, scatters, unit_px
 from stemloop.store.library import Element, Library
 
 #: Defects that are looked up, and images that are told of each.
@@ -63,7 +63,7 @@ def remember(
     inside = np.asarray(np.isfinite(prints).all(axis=1))
     unit = unit_px(columns)
     inside[: len(columns)] &= ~_at_a_defect(places, len(columns), _SAME * unit)
-    spread = scatter(prints[: len(columns)], columns.sublattice)
+    spread = scatters(prints, np.append(columns.sublattice, np.full(len(point), -1)))
     pictures = patches(image, places, unit) if len(places) <= _MOST_PICTURES else None
     kinds = ["column"] * len(columns) + [d.kind for d in point]
     phase = _phases(found, len(columns)) + [""] * len(point)
@@ -74,7 +74,7 @@ def remember(
             (float(places[i, 0]), float(places[i, 1])),
             phase[i],
             float(np.clip(columns.p_present[i], 0, 1)) if i < len(columns) and len(columns.p_present) else 1.0,
-            scatter=spread,
+            scatter=float(spread[i]),
             pixel_size_m=pixel_m,
             patch=None if pictures is None else pictures[i],
         )
@@ -83,7 +83,9 @@ def remember(
     with Library(path, dimension=DIMENSION, version=VERSION) as library:
         size = len(library)
         asked = _questions(found, prints, inside, len(columns), [d.kind for d in point])
-        seen = tuple(_seen(library, what, i, image, places, prints, unit, spread, sha256) for i, what in asked if size)
+        seen = tuple(
+            _seen(library, what, i, image, places, prints, unit, float(spread[i]), sha256) for i, what in asked if size
+        )
         added = library.add(elements, source, sha256)
     return Remembered(seen, size, added)
 
