@@ -16,11 +16,12 @@ from scipy.spatial import cKDTree
 from stemloop.core.structure import Columns
 from stemloop.describe import filters, fitting, gaussians
 from stemloop.describe.brightness import sublattices
+from stemloop.describe.cells import places
 from stemloop.describe.gaussians import Floats, Image
 from stemloop.describe.noise import Noise, noise_of
 from stemloop.describe.raster import Raster, Region, raster_of
 from stemloop.describe.scale import Scale, scale_of, scale_of_spots
-from stemloop.describe.sites import expected, occupancy, presence
+from stemloop.describe.sites import classes, expected, neighbourhoods, occupancy, presence
 
 __all__ = ["find_columns", "sublattices"]
 
@@ -29,6 +30,10 @@ _LEAST_AMPLITUDE = 0.1
 #: A column that stands out has an amplitude of so many deviations; one that did so in a fit may have a few less in the
 #: next.
 _SIGNIFICANT, _STILL_SIGNIFICANT = 4.0, 3.0
+#: A class of columns none of which stands out has at least this part of the bright ones' amplitude.
+_FAINTEST = 0.05
+#: Of all columns so few at most are none, as far as their chances tell.
+_WRONG = 0.005
 #: So many columns without order are no crystal.
 _MANY = 15
 #: Of the spots on a support that are taken for atoms this share may be waves of it.
@@ -41,20 +46,20 @@ _AROUND = 20.0
 
 class _Found(NamedTuple):
     """Columns: ``value`` and ``sigma`` (n, 4) of row, col, amplitude, ln of the width; the ``background`` under each,
-    the ``chance`` that it is there, the ``measured`` share of its core; ``vacant`` places (m, 2); and whether they have
-    a lattice (``ordered``)."""
+    the ``chance`` that it is there, the ``measured`` share of its core, whether it has a ``placed`` class; ``vacant``
+    places (m, 2); and whether they have a lattice (``ordered``)."""
 
     value: Floats
     sigma: Floats
     background: Floats
     chance: Floats
     measured: Floats
+    placed: NDArray[np.bool_]
     vacant: Floats
     ordered: bool
 
     def take(self, kept: NDArray[np.bool_]) -> _Found:
-        value, sigma, background, chance, measured, vacant, ordered = self
-        return _Found(value[kept], sigma[kept], background[kept], chance[kept], measured[kept], vacant, ordered)
+        return _Found(*(of[kept] for of in self[:6]), self.vacant, self.ordered)
 
 
 def find_columns(image: NDArray[np.generic], pixel_size_nm: float | None = None) -> Columns:
@@ -153,34 +158,98 @@ def _finished(
     model = fitting.Model(value, background, region.pixels.shape, width)
     pixels, weight = _data(region, model.image, raster, noise)
     weight = _doubted(pixels - model.image, weight, width)
-    sites = expected(value[:, :2], pixels.shape, width)
-    sites = sites.take(_present(region, sites.position.astype(np.int64), width))
-    amplitude, sigma = _amplitudes(pixels - model.image, weight, sites.position, width)
-    share = np.where(sites.within, occupancy(amplitude[sites.within], sigma[sites.within], value[:, 2]), 0.5)
-    there = presence(amplitude, sigma, value[:, 2], share) > 0.5
-    more = np.column_stack([sites.position, amplitude, np.full(len(amplitude), np.log(width))])[there]
-    start = np.concatenate([value, more])
-    known = fitting.prior(start, len(more), sites.spread, scale.width_of_all)
+    precision = np.zeros_like(value)
+    precision[:, 3] = fitting.LOG_WIDTH_SPREAD**-2
+    sites = _sites(region, model, weight, pixels, model.equations(weight, precision).deviations()[:, 2])
+    there = sites.chance > sites.least
+    start = np.concatenate([value, sites.columns[there]])
+    known = fitting.prior(start, sites.spread[there], scale.width_of_all)
     model = fitting.fit(pixels, weight, start, model.background, width, known)
     fitted, sigma = model.columns, fitting.deviations(model, weight, pixels, known)
-    share = np.concatenate([np.full(len(value), share.max(initial=0.5)), share[there]])
-    chance = presence(fitted[:, 2], sigma[:, 2], fitted[: len(value), 2], share)
+    placed = np.concatenate([sites.member, np.ones(int(there.sum()), bool)])
+    alone = presence(fitted[:, 2], sigma[:, 2], value[:, 2], np.full(len(fitted), 0.95))
     guided = np.arange(len(start)) >= len(value)
+    chance = np.where(guided, 1.0, alone)
+    chance[guided] = sites.chance[there]
     _, count, whole = gaussians.core_means(
         fitted, model.image, region.measured.astype(np.float32), 2 * np.exp(fitted[:, 3])
     )
     least = np.where(guided, 0.0, _STILL_SIGNIFICANT)
-    good = _believable(fitted, sigma, width, pixels.shape, least) & (chance > 0.5)
-    empty = ~there
-    empty[there] = ~good[len(value) :]
-    vacant = sites.position[empty & sites.within]
+    good = _believable(fitted, sigma, width, pixels.shape, least, placed) & (chance > 0.5)
+    empty = sites.chance < 0.5
+    vacant = sites.columns[empty & sites.within, :2]
     part, under = count / np.maximum(whole, 1), model.under(fitted[:, :2])
-    return _Found(fitted, sigma, under, chance, part, vacant, sites.spread > 0).take(good)
+    return _Found(fitted, sigma, under, chance, part, placed, vacant, sites.ordered).take(good)
+
+
+class _Sites(NamedTuple):
+    """Places (n,) where columns should be: ``columns`` (n, 4) as they would be, the ``chance`` that one is there,
+    ``within`` the crystal or not, the ``spread`` [px] of the place, and the ``least`` chance that is believed.
+    ``member`` tells which of the columns that stood out have a class, ``ordered`` whether there is a lattice."""
+
+    columns: Floats
+    chance: Floats
+    within: NDArray[np.bool_]
+    spread: Floats
+    least: float
+    member: NDArray[np.bool_]
+    ordered: bool
+
+
+def _sites(region: Region, model: fitting.Model, weight: Image, pixels: Image, sigma: Floats) -> _Sites:
+    """Where the columns of ``model``, whose amplitudes have the deviations ``sigma`` (n,), expect more, and the chances
+    that these are there."""
+    value, width, shape = model.columns, model.width, pixels.shape
+    residual = pixels - model.image
+    groups = neighbourhoods(value[:, :2], shape)
+    response = filters.negative_laplacian(residual, width) * np.sqrt(weight / filters.laplacian_gain(width))
+    cells = places(value[:, :2], value[:, 2], sigma, groups, response, width)
+    voted = expected(value[:, :2], groups, shape, width)
+    if len(cells.position) and len(voted.position):
+        voted = voted.take(np.asarray(cKDTree(cells.position).query(voted.position)[0]) > 1.2 * width)
+    position = np.concatenate([cells.position, voted.position])
+    kind = np.concatenate([cells.kind, np.full(len(voted.position), -1)])
+    within = np.concatenate([cells.within, voted.within])
+    spread = np.concatenate([cells.spread, np.full(len(voted.position), voted.spread)])
+    seen = _present(region, position.astype(np.int64), width)
+    position, kind, within, spread = position[seen], kind[seen], within[seen], spread[seen]
+    amplitude, deviation = _amplitudes(residual, weight, position, width)
+    member, number = cells.member >= 0, len(cells.hidden)
+    chance = np.zeros(len(position))
+    lone, classed = kind < 0, kind >= 0
+    if lone.any():
+        share = np.where(within[lone], occupancy(amplitude[lone & within], deviation[lone & within], value[:, 2]), 0.5)
+        chance[lone] = presence(amplitude[lone], deviation[lone], value[:, 2], share)
+    least = 0.5
+    if classed.any():
+        learned = within & classed
+        everywhere = np.concatenate([amplitude[learned], value[member, 2]])
+        deviations = np.concatenate([deviation[learned], sigma[member]])
+        kinds = np.concatenate([kind[learned], cells.member[member]])
+        known = classes(everywhere, deviations, kinds, number)
+        chance[classed] = known.presence(amplitude[classed], deviation[classed], kind[classed])
+        strong = float(np.percentile(value[:, 2], 75))
+        certain = known.mean * np.sqrt(np.bincount(kinds, deviations**-2, number))
+        real = ~cells.hidden | ((known.mean > _FAINTEST * strong) & (known.share > 0.5) & (certain > 6))
+        unreal = classed & ~real[kind]
+        chance[unreal], within[unreal] = 0.0, False
+        least = _believed(chance, len(value))
+    columns = np.column_stack([position, np.maximum(amplitude, 0.02 * value[:, 2].min()), np.full(len(position), np.log(width))])
+    return _Sites(columns, chance, within, spread, least, member, voted.spread > 0 or bool(member.any()))
+
+
+def _believed(chance: Floats, certain: int) -> float:
+    """The least chance of a column that is believed, so that of all columns, ``certain`` ones with them, only few are
+    none."""
+    order = np.sort(chance)[::-1]
+    wrong = np.cumsum(1 - order) / (certain + np.arange(1, len(order) + 1))
+    taken = (order > 0.5) & (wrong < _WRONG)
+    return float(order[taken].min()) - 1e-12 if taken.any() else 0.5
 
 
 def _nothing() -> _Found:
     none = np.zeros(0)
-    return _Found(np.zeros((0, 4)), np.zeros((0, 4)), none, none, none, np.zeros((0, 2)), False)
+    return _Found(np.zeros((0, 4)), np.zeros((0, 4)), none, none, none, none.astype(bool), np.zeros((0, 2)), False)
 
 
 def _own(found: _Found, region: Region) -> _Found:
@@ -199,11 +268,11 @@ def _joined(parts: list[_Found]) -> _Found:
     if len(parts) == 1:
         return parts[0]
     fields: list[Any] = list(zip(*parts, strict=True))
-    whole = _Found._make([*map(np.concatenate, fields[:6]), any(fields[6])])
+    whole = _Found._make([*map(np.concatenate, fields[:7]), any(fields[7])])
     if len(whole.value) == 0:
         return whole
     width = float(np.exp(np.median(whole.value[:, 3])))
-    good = whole.value[:, 2] > _LEAST_AMPLITUDE * float(np.percentile(whole.value[:, 2], 75))
+    good = whole.placed | (whole.value[:, 2] > _LEAST_AMPLITUDE * float(np.percentile(whole.value[:, 2], 75)))
     pairs = cKDTree(whole.value[:, :2]).query_pairs(width, output_type="ndarray")
     good[pairs[:, 1]] = False
     empty = whole.vacant
@@ -219,7 +288,7 @@ def _columns(found: _Found, raster: Raster) -> Columns:
         margin = float(np.median(width))
         place = found.value[:, :2]
         found = found.take(np.asarray(((place >= margin) & (place <= last - margin)).all(axis=1)))
-    value, sigma, background, chance, measured, vacant, _ = found
+    value, sigma, background, chance, measured, _, vacant, _ = found
     return Columns(
         value[:, :2],
         sigma[:, :2],
@@ -345,16 +414,17 @@ def _believable(
     width: float,
     shape: tuple[int, ...],
     least: Floats | float = _SIGNIFICANT,
+    placed: NDArray[np.bool_] | bool = False,
 ) -> NDArray[np.bool_]:
-    """Which fits are columns: their amplitude ``least`` deviations or more, not far too weak, wide or narrow, on the
-    image, not doubled."""
+    """Which fits are columns: their amplitude ``least`` deviations or more, not far too weak (but for those ``placed``
+    by their class), wide or narrow, on the image, not doubled."""
     good = np.isfinite(value).all(axis=1) & np.isfinite(sigma).all(axis=1)
     good &= value[:, 2] > least * sigma[:, 2]
     good &= (sigma[:, :2] < 0.5 * width).all(axis=1)
     good &= np.abs(value[:, 3] - np.log(width)) < np.log(2.2)
     good &= ((value[:, :2] >= -1) & (value[:, :2] <= shape)).all(axis=1)
     if good.any():
-        good &= value[:, 2] > _LEAST_AMPLITUDE * float(np.percentile(value[good, 2], 75))
+        good &= placed | (value[:, 2] > _LEAST_AMPLITUDE * float(np.percentile(value[good, 2], 75)))
     index = np.flatnonzero(good)
     doubled = index[cKDTree(value[index, :2]).query_pairs(1.2 * width, output_type="ndarray")]
     weaker = np.where(value[doubled[:, 0], 2] < value[doubled[:, 1], 2], doubled[:, 0], doubled[:, 1])
