@@ -16,12 +16,12 @@ from scipy.spatial import cKDTree
 from stemloop.core.structure import Columns
 from stemloop.describe import filters, fitting, gaussians
 from stemloop.describe.brightness import sublattices
-from stemloop.describe.cells import places
+from stemloop.describe.cells import crystals, places
 from stemloop.describe.gaussians import Floats, Image
 from stemloop.describe.noise import Noise, noise_of
 from stemloop.describe.raster import Raster, Region, raster_of
 from stemloop.describe.scale import Scale, scale_of, scale_of_spots
-from stemloop.describe.sites import classes, expected, neighbourhoods, occupancy, presence
+from stemloop.describe.sites import classes, expected, occupancy, presence
 
 __all__ = ["find_columns", "sublattices"]
 
@@ -34,8 +34,8 @@ _SIGNIFICANT, _STILL_SIGNIFICANT = 4.0, 3.0
 _FAINTEST = 0.05
 #: Of all columns so few at most are none, as far as their chances tell.
 _WRONG = 0.005
-#: So many columns without order are no crystal.
-_MANY = 15
+#: So many columns without order are no crystal; there is order where this share of them has a lattice.
+_MANY, _ORDERED = 15, 0.15
 #: Of the spots on a support that are taken for atoms this share may be waves of it.
 _WAVES = 0.3
 #: Of a column's core at least this share must have been measured.
@@ -201,9 +201,9 @@ def _sites(region: Region, model: fitting.Model, weight: Image, pixels: Image, s
     that these are there."""
     value, width, shape = model.columns, model.width, pixels.shape
     residual = pixels - model.image
-    groups = neighbourhoods(value[:, :2], shape)
+    groups, known = crystals(value[:, :2], value[:, 2], sigma, shape)
     response = filters.negative_laplacian(residual, width) * np.sqrt(weight / filters.laplacian_gain(width))
-    cells = places(value[:, :2], value[:, 2], sigma, groups, response, width)
+    cells = places(value[:, :2], known, response, width)
     voted = expected(value[:, :2], groups, shape, width)
     if len(cells.position) and len(voted.position):
         voted = voted.take(np.asarray(cKDTree(cells.position).query(voted.position)[0]) > 1.2 * width)
@@ -214,28 +214,31 @@ def _sites(region: Region, model: fitting.Model, weight: Image, pixels: Image, s
     seen = _present(region, position.astype(np.int64), width)
     position, kind, within, spread = position[seen], kind[seen], within[seen], spread[seen]
     amplitude, deviation = _amplitudes(residual, weight, position, width)
+    deviation = np.maximum(deviation, 1e-9 * value[:, 2].max())
+    sigma = np.maximum(sigma, 1e-9 * value[:, 2].max())
     member, number = cells.member >= 0, len(cells.hidden)
     chance = np.zeros(len(position))
     lone, classed = kind < 0, kind >= 0
     if lone.any():
         share = np.where(within[lone], occupancy(amplitude[lone & within], deviation[lone & within], value[:, 2]), 0.5)
         chance[lone] = presence(amplitude[lone], deviation[lone], value[:, 2], share)
-    least = 0.5
+    grouped = sum(len(group.members) for group in groups)
+    ordered, least = grouped > _ORDERED * len(value), 0.5
     if classed.any():
         learned = within & classed
         everywhere = np.concatenate([amplitude[learned], value[member, 2]])
         deviations = np.concatenate([deviation[learned], sigma[member]])
         kinds = np.concatenate([kind[learned], cells.member[member]])
-        known = classes(everywhere, deviations, kinds, number)
-        chance[classed] = known.presence(amplitude[classed], deviation[classed], kind[classed])
+        like = classes(everywhere, deviations, kinds, number)
+        chance[classed] = like.presence(amplitude[classed], deviation[classed], kind[classed])
         strong = float(np.percentile(value[:, 2], 75))
-        certain = known.mean * np.sqrt(np.bincount(kinds, deviations**-2, number))
-        real = ~cells.hidden | ((known.mean > _FAINTEST * strong) & (known.share > 0.5) & (certain > 6))
+        certain = like.mean * np.sqrt(np.bincount(kinds, deviations**-2, number))
+        real = ~cells.hidden | ((like.mean > _FAINTEST * strong) & (like.share > 0.5) & (certain > 6))
         unreal = classed & ~real[kind]
         chance[unreal], within[unreal] = 0.0, False
         least = _believed(chance, len(value))
     columns = np.column_stack([position, np.maximum(amplitude, 0.02 * value[:, 2].min()), np.full(len(position), np.log(width))])
-    return _Sites(columns, chance, within, spread, least, member, voted.spread > 0 or bool(member.any()))
+    return _Sites(columns, chance, within, spread, least, member, ordered)
 
 
 def _believed(chance: Floats, certain: int) -> float:

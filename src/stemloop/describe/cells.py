@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from stemloop.describe.gaussians import Floats, Image, Integers
-from stemloop.describe.sites import Neighbourhood
+from stemloop.describe.sites import Neighbourhood, neighbourhoods
 
 #: Pairs of columns a translation apart differ in brightness by less than this, in variances of all columns (apart from
 #: the noise's; at random it is 1, alternating sublattices have 2), where columns differ by more than this part.
 _ALIKE, _CONTRAST = 1.4, 0.15
+#: Translations are shared by this part of what the most shared are: a vector between sublattices by half.
+_AS_SHARED = 0.75
 #: A column belongs to a class within this part of the neighbourhood's typical distance.
 _REACH = 0.2
 #: Share of the cells that a class of columns takes, and of the columns that classes explain where there is a lattice.
@@ -67,63 +69,87 @@ class _Cell(NamedTuple):
         return np.stack([np.ones_like(y), y, x, y * y, y * x, x * x], -1)
 
 
-def places(
-    position: Floats, amplitude: Floats, sigma: Floats, groups: list[Neighbourhood], response: Image, width: float
-) -> Places:
-    """The open places of the classes of all neighbourhoods.
+class Crystal(NamedTuple):
+    """A neighbourhood with its lattice: the ``group``, its ``cell``, the ``coordinates`` (n, 2) of its columns, the
+    places ``phases`` (k, 2) in the cell that they take, and (n,) which is each one's ``own`` (-1: none)."""
+
+    group: Neighbourhood
+    cell: _Cell
+    coordinates: Floats
+    phases: Floats
+    own: Integers
+
+
+def crystals(
+    position: Floats, amplitude: Floats, sigma: Floats, shape: tuple[int, ...]
+) -> tuple[list[Neighbourhood], list[Crystal]]:
+    """The neighbourhoods of the columns at ``position`` (n, 2) [px] with the ``amplitude`` (n,) give or take ``sigma``,
+    and the lattices of those whose columns take few places of a cell."""
+    known: list[Crystal] = []
+
+    def sound(group: Neighbourhood) -> bool:
+        mine = group.members
+        cell = _cell(position[mine], amplitude[mine], sigma[mine], group)
+        if cell is None:
+            return False
+        coordinates = cell.coordinates(position[mine])
+        phases, own = _classes(coordinates, cell, _REACH * group.spacing)
+        if len(phases) == 0 or (own >= 0).mean() < _EXPLAINED:
+            return False
+        known.append(Crystal(group, cell, coordinates, phases, own))
+        return True
+
+    return neighbourhoods(position, shape, sound), known
+
+
+def places(position: Floats, known: list[Crystal], response: Image, width: float) -> Places:
+    """The open places of the classes of all ``known`` crystals.
 
     Parameters
     ----------
-    position, amplitude, sigma : (n, 2) [px], (n,) and (n,) of the columns that stand out. groups : their
-        neighbourhoods. response : how far the image without these columns stands out, in deviations of one pixel's
-        noise. width : of the columns [px].
+    position : (n, 2) [px] of the columns that stand out. response : how far the image without these columns stands out,
+        in deviations of one pixel's noise. width : of the columns [px].
     """
-    member = np.full(len(position), -1)
-    found: list[tuple[Floats, Integers, NDArray[np.bool_], Floats]] = []
+    member, belongs = np.full(len(position), -1), np.full(len(position), -1)
+    found = [(np.zeros((0, 2)), np.zeros(0, int), np.zeros(0, bool), np.zeros(0))]
     hidden: list[bool] = []
-    everyone = cKDTree(position) if len(position) else None
-    belongs = np.full(len(position), -1)
-    for number, group in enumerate(groups):
-        belongs[group.members] = number
-    for number, group in enumerate(groups):
-        cell = _cell(position[group.members], amplitude[group.members], sigma[group.members], group)
-        if cell is None or everyone is None:
-            continue
-        mine = position[group.members]
-        coordinates = cell.coordinates(mine)
-        phases, own = _classes(coordinates, cell, _REACH * group.spacing)
-        if len(phases) == 0 or (own >= 0).mean() < _EXPLAINED:
-            continue
-        middle = phases.mean(axis=0)
-        cells, inside = _inhabited(cell, middle, coordinates, position, everyone, belongs == number, response.shape)
-        if len(cells) == 0:
-            continue
-        more = _hidden(cell, cells, phases, response, width)
-        phases = np.concatenate([phases, more])
+    everyone = cKDTree(position)
+    for number, crystal in enumerate(known):
+        belongs[crystal.group.members] = number
+    for number, (group, cell, coordinates, phases, own) in enumerate(known):
+        mine, first = position[group.members], len(hidden)
+        member[group.members] = np.where(own >= 0, own + first, -1)
+        cells, inside = _inhabited(cell, phases.mean(axis=0), coordinates, mine, response.shape)
+        more = _hidden(cell, cells, phases, response, width) if len(cells) else np.zeros((0, 2))
         off = (coordinates - phases[own] - np.round(coordinates - phases[own])) @ cell.basis
         off[own < 0] = 0
-        first = len(hidden)
-        member[group.members] = np.where(own >= 0, own + first, -1)
-        for kind in range(len(phases)):
-            there = _open(cell, cells + phases[kind], kind, mine, own, off, group.spacing)
+        hidden += [False] * len(phases) + [True] * len(more)
+        for kind, phase in enumerate(np.concatenate([phases, more])):
+            if len(cells) == 0:
+                break
+            there = _open(cell, cells + phase, kind, mine, own, off)
             free = ((there > width) & (there < np.array(response.shape) - 1 - width)).all(axis=1)
-            free &= np.asarray(everyone.query(there)[0]) > max(1.3 * width, 0.4 * group.spacing)
-            there = there[free]
+            away, nearest = (np.asarray(v) for v in everyone.query(there, 3))
+            free &= away[:, 0] > max(1.3 * width, 0.4 * group.spacing)
+            free &= (belongs[nearest] == number).sum(axis=1) >= 2
             scatter = off[own == kind]
             spread = float(np.sqrt((scatter**2).mean())) if len(scatter) > 4 else 0.2 * width
             spread = min(max(spread, 0.1 * width), width)
+            there = there[free]
             found.append((there, np.full(len(there), first + kind), inside[free], np.full(len(there), spread)))
-            hidden.append(kind >= len(phases) - len(more))
-    if not found:
-        none = np.zeros(0)
-        return Places(np.zeros((0, 2)), none.astype(int), none.astype(bool), none, member, none.astype(bool))
-    where, kinds, within_all, spreads = (np.concatenate(part) for part in zip(*found, strict=True))
-    return Places(where, kinds, within_all, spreads, member, np.array(hidden))
+    where, kinds, within, spreads = (np.concatenate(part) for part in zip(*found, strict=True))
+    if len(where):
+        twice = cKDTree(where).query_pairs(1.2 * width, output_type="ndarray")[:, 1]
+        where, kinds, within, spreads = (np.delete(of, twice, axis=0) for of in (where, kinds, within, spreads))
+    return Places(where, kinds, within, spreads, member, np.array(hidden, bool))
 
 
 def _cell(place: Floats, amplitude: Floats, sigma: Floats, group: Neighbourhood) -> _Cell | None:
     """The lattice of a neighbourhood of columns, of vectors that join columns alike; None if there is none."""
-    vectors = group.vectors[_alike(place, amplitude, sigma, group)]
+    if len(group.vectors) < 4:
+        return None
+    shared = group.share > _AS_SHARED * np.sort(group.share)[-4:].mean()
+    vectors = group.vectors[shared & _alike(place, amplitude, sigma, group)]
     length = np.hypot(*vectors.T)
     order = np.argsort(length)
     vectors, length = vectors[order], length[order]
@@ -184,7 +210,8 @@ def _crowd(coordinates: Floats, basis: Floats, reach: float) -> Integers:
 def _classes(coordinates: Floats, cell: _Cell, reach: float) -> tuple[Floats, Integers]:
     """Places (k, 2) in the cell that many columns share, and (n,) which of them each column has (-1: none)."""
     crowd = _crowd(coordinates, cell.basis, reach)
-    least = max(3.0, _LEAST_SHARE * float(crowd.max()))
+    chance = len(coordinates) * np.pi * reach**2 / abs(float(np.linalg.det(cell.basis)))
+    least = max(4.0, _LEAST_SHARE * float(crowd.max()), chance + 3 * np.sqrt(chance))
     phases: list[Floats] = []
     free = crowd >= least
     while free.any():
@@ -205,12 +232,10 @@ def _classes(coordinates: Floats, cell: _Cell, reach: float) -> tuple[Floats, In
 
 
 def _inhabited(
-    cell: _Cell, middle: Floats, own: Floats, position: Floats, everyone: cKDTree, mine: NDArray[np.bool_],
-    shape: tuple[int, ...],
-) -> tuple[Floats, NDArray[np.bool_]]:  # fmt: skip
-    """(m, 2) the whole coordinates of the cells that have columns about them and are nearer to the neighbourhood's own
-    than to others, and (m,) whether these are on all sides. ``middle`` is that of a cell, ``own`` the neighbourhood's
-    columns' coordinates."""
+    cell: _Cell, middle: Floats, own: Floats, columns: Floats, shape: tuple[int, ...]
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """(m, 2) the whole coordinates of the cells that have ``columns`` (n, 2) about them, and (m,) whether these are on
+    all sides. ``middle`` is that of a cell, ``own`` the columns' coordinates."""
     low, high = np.floor(own.min(axis=0)).astype(int) - 2, np.ceil(own.max(axis=0)).astype(int) + 2
     if np.prod(high - low + 1) > 20 * len(own) + 400:
         return np.zeros((0, 2)), np.zeros(0, bool)
@@ -222,13 +247,12 @@ def _inhabited(
     cells, where = cells[near], where[near]
     if len(cells) == 0:
         return cells, np.zeros(0, bool)
-    radius, columns = 1.8 * side, position[mine]
+    radius = 1.8 * side
     count = cKDTree(columns).query_ball_point(where, radius, return_length=True)
     share = count / np.maximum(_on_image(where, shape, radius), 0.1)
     usual = np.asarray(cKDTree(columns).query_ball_point(columns, radius, return_length=True))
     share = share / max(1.0, float(np.median(usual / _on_image(columns, shape, radius))))
-    nearest = np.asarray(everyone.query(where, 3)[1])
-    kept = (mine[nearest].sum(axis=1) >= 2) & (share > _INHABITED)
+    kept = share > _INHABITED
     return cells[kept], share[kept] > _INSIDE
 
 
@@ -270,7 +294,7 @@ def _hidden(cell: _Cell, cells: Floats, phases: Floats, response: Image, width: 
 
 
 def _open(
-    cell: _Cell, coordinates: Floats, kind: int, mine: Floats, own: Integers, off: Floats, spacing: float
+    cell: _Cell, coordinates: Floats, kind: int, mine: Floats, own: Integers, off: Floats
 ) -> Floats:
     """(m, 2) where columns of a class should be, moved as the columns around each are, its own class twice as much."""
     there = cell.place(coordinates)

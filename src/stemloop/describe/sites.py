@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,9 +28,13 @@ _NEIGHBOURS, _FARTHEST = 6, 1.44
 _SURROUNDED = 0.65
 #: Most columns of a neighbourhood, how many may be too few to halve it if it has no lattice, and how many are asked.
 _GROUP, _SMALLEST_GROUP, _ASKED = 400, 40, 100
+#: A vector is judged by so many columns that have room for it, at least.
+_FEWEST_ASKED = 6
 #: Columns of a class differ in amplitude by these parts at least and at most; so many of its places are believed to hold
 #: one before any is looked at.
 _LEAST_SPREAD, _MOST_SPREAD, _BELIEVED = 0.05, 0.3, 4.0
+#: What neighbours leave at an empty place, in amplitudes of its class.
+_LEFT = 0.1
 
 
 class Sites(NamedTuple):
@@ -60,24 +65,24 @@ class Neighbourhood(NamedTuple):
         return self.vectors[self.share >= _SHARED]
 
 
-def neighbourhoods(position: Floats, shape: tuple[int, ...]) -> list[Neighbourhood]:
-    """The columns at ``position`` (n, 2) [px] in groups near each other, each with a lattice of its own; those that
-    have none are left out."""
+def neighbourhoods(
+    position: Floats, shape: tuple[int, ...], sound: Callable[[Neighbourhood], bool]
+) -> list[Neighbourhood]:
+    """The columns at ``position`` (n, 2) [px] in groups near each other, each with a lattice of its own: groups are
+    halved until they are ``sound`` or small. Small ones that share no vectors are left out."""
     if len(position) < 12:
         return []
     tree = cKDTree(position)
     away = np.asarray(tree.query(position, _NEIGHBOURS + 1)[0])
     spacing = float(np.median(away[:, 1]))
     room = _LONGEST * max(spacing, float(np.median(away[:, _NEIGHBOURS])) / _FARTHEST)
-    whole = np.asarray(((position > room) & (position < np.array(shape) - 1 - room)).all(axis=1))
     groups, left = [], [np.arange(len(position))]
     while left:
         members = left.pop()
         if len(members) <= _GROUP:
-            asked = members[whole[members]]
-            vectors, share = _shared_vectors(position, asked, tree, room, _REACH * spacing)
+            vectors, share = _shared_vectors(position, members, tree, room, _REACH * spacing, shape)
             group = Neighbourhood(members, vectors, share, spacing)
-            if len(group.common) >= 4 or (len(vectors) >= 4 and len(members) <= 2 * _SMALLEST_GROUP):
+            if sound(group) or (len(group.common) >= 4 and len(members) <= _SMALLEST_GROUP):
                 groups.append(group)
                 continue
         if len(members) > _SMALLEST_GROUP:
@@ -136,17 +141,24 @@ def _halves(position: Floats, members: NDArray[np.int64]) -> list[NDArray[np.int
 
 
 def _shared_vectors(
-    position: Floats, members: NDArray[np.int64], tree: cKDTree, longest: float, reach: float
+    position: Floats, members: NDArray[np.int64], tree: cKDTree, longest: float, reach: float, shape: tuple[int, ...]
 ) -> tuple[Floats, Floats]:
-    """(k, 2) vectors at which many of ``members`` (those far from the border) have a neighbour, and their share."""
-    if len(members) < 6:
-        return np.zeros((0, 2)), np.zeros(0)
+    """(k, 2) vectors at which many of ``members`` have a neighbour, and their share of those that could on an image of
+    ``shape``."""
     asked = members[:: -(-len(members) // _ASKED)]
     pairs: Any = tree.query_ball_point(position[asked], longest)
     own = np.repeat(asked, [len(them) for them in pairs])
     differences = position[np.concatenate(pairs).astype(np.int64)] - position[own]
     differences = differences[np.hypot(*differences.T) > reach]
-    vectors, size = _elected(differences, reach, np.full(len(differences), 1 / (_SEEN * len(asked))))
+    last = np.array(shape) - 1
+    along = [np.sort(position[asked, i]) for i in (0, 1)]  # how many have room: along either side alone, multiplied
+    room = np.ones(len(differences))
+    for i in (0, 1):
+        first, final = np.searchsorted(along[i], -differences[:, i]), np.searchsorted(along[i], last[i] - differences[:, i])
+        room *= (final - first) / len(asked)
+    usable = room * len(asked) >= _FEWEST_ASKED
+    differences, room = differences[usable], room[usable]
+    vectors, size = _elected(differences, reach, 1 / (_SEEN * len(asked) * room))
     return vectors, size * _SEEN
 
 
@@ -208,7 +220,8 @@ class Classes(NamedTuple):
         mean, variance = self.mean[kind], self.spread[kind] ** 2 + sigma**2
         there = -0.5 * (amplitude - mean) ** 2 / variance - 0.5 * np.log(variance)
         there = np.where(amplitude > mean, np.maximum(there, -0.5 * np.log(variance) - 0.5), there)  # brighter is there
-        empty = -0.5 * (np.minimum(amplitude, 1e6 * sigma) / sigma) ** 2 - np.log(sigma)
+        noise = np.hypot(sigma, _LEFT * mean)
+        empty = -0.5 * (amplitude / noise) ** 2 - np.log(noise)
         odds = np.log(self.share[kind] / (1 - self.share[kind])) + there - empty
         return np.asarray(1 / (1 + np.exp(-np.clip(odds, -500, 500))))
 
