@@ -119,7 +119,7 @@ def places(position: Floats, known: list[Crystal], response: Image, width: float
     for number, (group, cell, coordinates, phases, own) in enumerate(known):
         mine, first = position[group.members], len(hidden)
         member[group.members] = np.where(own >= 0, own + first, -1)
-        cells, inside = _inhabited(cell, phases.mean(axis=0), coordinates, mine, response.shape)
+        cells, inside = _inhabited(cell, phases.mean(axis=0), coordinates, everyone, response.shape)
         more = _hidden(cell, cells, phases, response, width) if len(cells) else np.zeros((0, 2))
         off = (coordinates - phases[own] - np.round(coordinates - phases[own])) @ cell.basis
         off[own < 0] = 0
@@ -232,10 +232,10 @@ def _classes(coordinates: Floats, cell: _Cell, reach: float) -> tuple[Floats, In
 
 
 def _inhabited(
-    cell: _Cell, middle: Floats, own: Floats, columns: Floats, shape: tuple[int, ...]
+    cell: _Cell, middle: Floats, own: Floats, everyone: cKDTree, shape: tuple[int, ...]
 ) -> tuple[Floats, NDArray[np.bool_]]:
-    """(m, 2) the whole coordinates of the cells that have ``columns`` (n, 2) about them, and (m,) whether these are on
-    all sides. ``middle`` is that of a cell, ``own`` the columns' coordinates."""
+    """(m, 2) the whole coordinates of the cells that have columns about them, ``everyone`` asked, and (m,) whether these
+    are on all sides. ``middle`` is that of a cell, ``own`` (n, 2) the coordinates of the neighbourhood's columns."""
     low, high = np.floor(own.min(axis=0)).astype(int) - 2, np.ceil(own.max(axis=0)).astype(int) + 2
     if np.prod(high - low + 1) > 20 * len(own) + 400:
         return np.zeros((0, 2)), np.zeros(0, bool)
@@ -247,10 +247,10 @@ def _inhabited(
     cells, where = cells[near], where[near]
     if len(cells) == 0:
         return cells, np.zeros(0, bool)
-    radius = 1.8 * side
-    count = cKDTree(columns).query_ball_point(where, radius, return_length=True)
+    radius, columns = 1.8 * side, cell.place(own)
+    count = everyone.query_ball_point(where, radius, return_length=True)
     share = count / np.maximum(_on_image(where, shape, radius), 0.1)
-    usual = np.asarray(cKDTree(columns).query_ball_point(columns, radius, return_length=True))
+    usual = np.asarray(everyone.query_ball_point(columns, radius, return_length=True))
     share = share / max(1.0, float(np.median(usual / _on_image(columns, shape, radius))))
     kept = share > _INHABITED
     return cells[kept], share[kept] > _INSIDE

@@ -145,7 +145,7 @@ def _shared_vectors(
 ) -> tuple[Floats, Floats]:
     """(k, 2) vectors at which many of ``members`` have a neighbour, and their share of those that could on an image of
     ``shape``."""
-    asked = members[:: -(-len(members) // _ASKED)]
+    asked = np.random.default_rng(0).permutation(members)[:_ASKED]  # a stride would prefer a sublattice
     pairs: Any = tree.query_ball_point(position[asked], longest)
     own = np.repeat(asked, [len(them) for them in pairs])
     differences = position[np.concatenate(pairs).astype(np.int64)] - position[own]
