@@ -30,10 +30,14 @@ _LEAST_AMPLITUDE = 0.1
 #: A column that stands out has an amplitude of so many deviations; one that did so in a fit may have a few less in the
 #: next.
 _SIGNIFICANT, _STILL_SIGNIFICANT = 4.0, 3.0
-#: A class of columns none of which stands out has at least this part of the bright ones' amplitude.
-_FAINTEST = 0.05
+#: A class of columns none of which stands out has at least this part of the bright ones' amplitude, and is known to be
+#: there by so many deviations.
+_FAINTEST, _CERTAIN = 0.05, 6.0
+#: Places with a chance above this are fitted before they are judged again; those on the rim have an amplitude known to
+#: this part.
+_TRIED_CHANCE, _RIM = 0.001, 0.5
 #: Of all columns so few at most are none, as far as their chances tell.
-_WRONG = 0.005
+_WRONG = 0.003
 #: So many columns without order are no crystal; there is order where this share of them has a lattice.
 _MANY, _ORDERED = 15, 0.15
 #: Of the spots on a support that are taken for atoms this share may be waves of it.
@@ -154,91 +158,113 @@ def _searched(region: Region, raster: Raster, noise: Noise, scale: Scale) -> _Fo
 def _finished(
     region: Region, raster: Raster, noise: Noise, scale: Scale, value: Floats, background: Floats, width: float
 ) -> _Found:
-    """The last fit: with the columns that the lattice expects and that are there, weighted by the model's noise."""
+    """The last fit: with the columns that the lattice expects and that may be there, weighted by the model's noise.
+    Which of these are there is judged before it, and again after it."""
     model = fitting.Model(value, background, region.pixels.shape, width)
     pixels, weight = _data(region, model.image, raster, noise)
     weight = _doubted(pixels - model.image, weight, width)
-    precision = np.zeros_like(value)
-    precision[:, 3] = fitting.LOG_WIDTH_SPREAD**-2
-    sites = _sites(region, model, weight, pixels, model.equations(weight, precision).deviations()[:, 2])
-    there = sites.chance > sites.least
-    start = np.concatenate([value, sites.columns[there]])
-    known = fitting.prior(start, sites.spread[there], scale.width_of_all)
+    precision = fitting.prior(value).precision
+    sigma = model.equations(weight, precision).deviations()[:, 2]
+    sites = _sites(region, model, weight, pixels, sigma)
+    place = sites.position
+    amplitude, deviation = _amplitudes(pixels - model.image, weight, place, width)
+    chance, expected = _chances(sites, amplitude, deviation, value[:, 2], sigma)
+    tried = (chance > _TRIED_CHANCE) | sites.rim
+    height = np.where(sites.rim, expected, np.maximum(amplitude, 0.02 * value[:, 2].min()))
+    more = np.column_stack([place, height, np.full(len(place), np.log(width))])[tried]
+    free = np.where(sites.rim, _RIM * height, np.inf)[tried]
+    start = np.concatenate([value, more])
+    known = fitting.prior(start, np.column_stack([sites.spread[tried], free]), scale.width_of_all)
     model = fitting.fit(pixels, weight, start, model.background, width, known)
     fitted, sigma = model.columns, fitting.deviations(model, weight, pixels, known)
-    placed = np.concatenate([sites.member, np.ones(int(there.sum()), bool)])
-    alone = presence(fitted[:, 2], sigma[:, 2], value[:, 2], np.full(len(fitted), 0.95))
-    guided = np.arange(len(start)) >= len(value)
-    chance = np.where(guided, 1.0, alone)
-    chance[guided] = sites.chance[there]
+    n = len(value)
+    amplitude, deviation = _amplitudes(pixels - model.image, weight, place, width)
+    amplitude[tried], deviation[tried] = fitted[n:, 2], sigma[n:, 2]
+    chance, _ = _chances(sites, amplitude, deviation, fitted[:n, 2], sigma[:n, 2])
+    chance[sites.rim] = 0.0
+    alone = presence(fitted[:n, 2], sigma[:n, 2], fitted[:n, 2], np.full(n, 0.95))
+    taken = chance > _believed(chance, n)
+    chances = np.concatenate([alone, np.where(taken, chance, 0)[tried]])
+    placed = np.concatenate([sites.member >= 0, sites.kind[tried] >= 0])
     _, count, whole = gaussians.core_means(
         fitted, model.image, region.measured.astype(np.float32), 2 * np.exp(fitted[:, 3])
     )
-    least = np.where(guided, 0.0, _STILL_SIGNIFICANT)
-    good = _believable(fitted, sigma, width, pixels.shape, least, placed) & (chance > 0.5)
-    empty = sites.chance < 0.5
-    vacant = sites.columns[empty & sites.within, :2]
+    least = np.where(np.arange(len(start)) >= n, 0.0, _STILL_SIGNIFICANT)
+    sound = np.concatenate([np.ones(n, bool), taken[tried]])
+    good = _believable(fitted, sigma, width, pixels.shape, least, placed, sound) & (chances > 0.5)
+    vacant = place[(chance < 0.5) & sites.within]
     part, under = count / np.maximum(whole, 1), model.under(fitted[:, :2])
-    return _Found(fitted, sigma, under, chance, part, placed, vacant, sites.ordered).take(good)
+    return _Found(fitted, sigma, under, chances, part, placed, vacant, sites.ordered).take(good)
 
 
 class _Sites(NamedTuple):
-    """Places (n,) where columns should be: ``columns`` (n, 4) as they would be, the ``chance`` that one is there,
-    ``within`` the crystal or not, the ``spread`` [px] of the place, and the ``least`` chance that is believed.
-    ``member`` tells which of the columns that stood out have a class, ``ordered`` whether there is a lattice."""
+    """Places (n,) where columns should be: ``position`` (n, 2) [px], the class or ``kind`` (-1: none), whether
+    ``within`` the crystal or on the ``rim`` of the image, the ``spread`` [px] of the place. ``member`` is the class of
+    each column that stood out (-1: none), ``hidden`` tells which classes have none of these, ``ordered`` whether there
+    is a lattice."""
 
-    columns: Floats
-    chance: Floats
+    position: Floats
+    kind: NDArray[np.int64]
     within: NDArray[np.bool_]
+    rim: NDArray[np.bool_]
     spread: Floats
-    least: float
-    member: NDArray[np.bool_]
+    member: NDArray[np.int64]
+    hidden: NDArray[np.bool_]
     ordered: bool
 
 
 def _sites(region: Region, model: fitting.Model, weight: Image, pixels: Image, sigma: Floats) -> _Sites:
-    """Where the columns of ``model``, whose amplitudes have the deviations ``sigma`` (n,), expect more, and the chances
-    that these are there."""
+    """Where the columns of ``model``, whose amplitudes have the deviations ``sigma`` (n,), expect more."""
     value, width, shape = model.columns, model.width, pixels.shape
-    residual = pixels - model.image
     groups, known = crystals(value[:, :2], value[:, 2], sigma, shape)
-    response = filters.negative_laplacian(residual, width) * np.sqrt(weight / filters.laplacian_gain(width))
+    response = filters.negative_laplacian(pixels - model.image, width)
+    response *= np.sqrt(weight / np.float32(filters.laplacian_gain(width)))
     cells = places(value[:, :2], known, response, width)
-    voted = expected(value[:, :2], groups, shape, width)
+    crystal = {id(each.group) for each in known}
+    voted = expected(value[:, :2], [group for group in groups if id(group) not in crystal], shape, width)
     if len(cells.position) and len(voted.position):
         voted = voted.take(np.asarray(cKDTree(cells.position).query(voted.position)[0]) > 1.2 * width)
+    number = len(voted.position)
     position = np.concatenate([cells.position, voted.position])
-    kind = np.concatenate([cells.kind, np.full(len(voted.position), -1)])
-    within = np.concatenate([cells.within, voted.within])
-    spread = np.concatenate([cells.spread, np.full(len(voted.position), voted.spread)])
-    seen = _present(region, position.astype(np.int64), width)
-    position, kind, within, spread = position[seen], kind[seen], within[seen], spread[seen]
-    amplitude, deviation = _amplitudes(residual, weight, position, width)
-    deviation = np.maximum(deviation, 1e-9 * value[:, 2].max())
-    sigma = np.maximum(sigma, 1e-9 * value[:, 2].max())
-    member, number = cells.member >= 0, len(cells.hidden)
-    chance = np.zeros(len(position))
-    lone, classed = kind < 0, kind >= 0
+    seen = _present(region, position.astype(np.int64).clip(0, np.array(shape) - 1), width)
+    return _Sites(
+        position[seen],
+        np.concatenate([cells.kind, np.full(number, -1)])[seen],
+        np.concatenate([cells.within, voted.within])[seen],
+        np.concatenate([cells.rim, np.zeros(number, bool)])[seen],
+        np.concatenate([cells.spread, np.full(number, voted.spread)])[seen],
+        cells.member,
+        cells.hidden,
+        sum(len(group.members) for group in groups) > _ORDERED * len(value),
+    )
+
+
+def _chances(
+    sites: _Sites, amplitude: Floats, deviation: Floats, known: Floats, sigma: Floats
+) -> tuple[Floats, Floats]:
+    """(n,) the chance that a column is at each of ``sites``, where ``amplitude`` (n,) give or take ``deviation`` was
+    measured, and (n,) what amplitude it would have; by the columns that stood out, whose amplitudes are ``known`` (m,)
+    give or take ``sigma``."""
+    tiny = 1e-9 * float(known.max())
+    deviation, sigma = np.maximum(deviation, tiny), np.maximum(sigma, tiny)
+    chance, bright = np.zeros(len(amplitude)), np.full(len(amplitude), float(np.median(known)))
+    lone, classed, within = sites.kind < 0, sites.kind >= 0, sites.within
     if lone.any():
-        share = np.where(within[lone], occupancy(amplitude[lone & within], deviation[lone & within], value[:, 2]), 0.5)
-        chance[lone] = presence(amplitude[lone], deviation[lone], value[:, 2], share)
-    grouped = sum(len(group.members) for group in groups)
-    ordered, least = grouped > _ORDERED * len(value), 0.5
+        share = np.where(within[lone], occupancy(amplitude[lone & within], deviation[lone & within], known), 0.5)
+        chance[lone] = presence(amplitude[lone], deviation[lone], known, share)
     if classed.any():
-        learned = within & classed
-        everywhere = np.concatenate([amplitude[learned], value[member, 2]])
-        deviations = np.concatenate([deviation[learned], sigma[member]])
-        kinds = np.concatenate([kind[learned], cells.member[member]])
-        like = classes(everywhere, deviations, kinds, number)
-        chance[classed] = like.presence(amplitude[classed], deviation[classed], kind[classed])
-        strong = float(np.percentile(value[:, 2], 75))
-        certain = like.mean * np.sqrt(np.bincount(kinds, deviations**-2, number))
-        real = ~cells.hidden | ((like.mean > _FAINTEST * strong) & (like.share > 0.5) & (certain > 6))
-        unreal = classed & ~real[kind]
-        chance[unreal], within[unreal] = 0.0, False
-        least = _believed(chance, len(value))
-    columns = np.column_stack([position, np.maximum(amplitude, 0.02 * value[:, 2].min()), np.full(len(position), np.log(width))])
-    return _Sites(columns, chance, within, spread, least, member, ordered)
+        learned, member, number = within & classed, sites.member >= 0, len(sites.hidden)
+        errors = np.concatenate([deviation[learned], sigma[member]])
+        kinds = np.concatenate([sites.kind[learned], sites.member[member]])
+        like = classes(np.concatenate([amplitude[learned], known[member]]), errors, kinds, number)
+        kind = sites.kind[classed]
+        certain = like.mean * np.sqrt(np.bincount(kinds, errors**-2, number))
+        faint = _FAINTEST * float(np.percentile(known, 75))
+        real = ~sites.hidden | ((like.mean > faint) & (like.share > 0.5) & (certain > _CERTAIN))
+        chance[classed] = np.where(real[kind], like.presence(amplitude[classed], deviation[classed], kind), 0.0)
+        bright[classed] = np.where(real[kind], like.mean[kind], tiny)
+        within[classed] &= real[kind]
+    return chance, bright
 
 
 def _believed(chance: Floats, certain: int) -> float:
@@ -247,7 +273,7 @@ def _believed(chance: Floats, certain: int) -> float:
     order = np.sort(chance)[::-1]
     wrong = np.cumsum(1 - order) / (certain + np.arange(1, len(order) + 1))
     taken = (order > 0.5) & (wrong < _WRONG)
-    return float(order[taken].min()) - 1e-12 if taken.any() else 0.5
+    return float(order[taken].min()) - 1e-12 if taken.any() else 1.0
 
 
 def _nothing() -> _Found:
@@ -418,10 +444,11 @@ def _believable(
     shape: tuple[int, ...],
     least: Floats | float = _SIGNIFICANT,
     placed: NDArray[np.bool_] | bool = False,
+    sound: NDArray[np.bool_] | bool = True,
 ) -> NDArray[np.bool_]:
     """Which fits are columns: their amplitude ``least`` deviations or more, not far too weak (but for those ``placed``
-    by their class), wide or narrow, on the image, not doubled."""
-    good = np.isfinite(value).all(axis=1) & np.isfinite(sigma).all(axis=1)
+    by their class), wide or narrow, on the image, not doubled; and ``sound``."""
+    good = np.isfinite(value).all(axis=1) & np.isfinite(sigma).all(axis=1) & sound
     good &= value[:, 2] > least * sigma[:, 2]
     good &= (sigma[:, :2] < 0.5 * width).all(axis=1)
     good &= np.abs(value[:, 3] - np.log(width)) < np.log(2.2)

@@ -24,9 +24,13 @@ _AS_SHARED = 0.75
 _REACH = 0.2
 #: Share of the cells that a class of columns takes, and of the columns that classes explain where there is a lattice.
 _LEAST_SHARE, _EXPLAINED = 0.12, 0.7
+#: A place is not enclosed if columns are missing over so large an angle.
+_OPEN_SIDE = 0.9 * np.pi
+#: Columns so many widths beyond the border reach into the image.
+_BEYOND = 3.0
 #: A class that shows only in the mean of all cells stands out by this many deviations, and of the places that are
 #: neither column nor class by this many of theirs.
-_STANDS_OUT, _ABOVE_OTHERS = 6.0, 4.0
+_STANDS_OUT, _ABOVE_OTHERS = 6.0, 3.0
 #: Share of the usual number of columns around a cell where it may have columns, and where it is inside the crystal.
 _INHABITED, _INSIDE = 0.5, 0.65
 #: Classes that are looked for in the mean of cells, at most.
@@ -36,7 +40,8 @@ _HIDDEN = 4
 class Places(NamedTuple):
     """Open places of cells: ``position`` (n, 2) [px], ``kind`` (n,) the class of each, ``within`` (n,) whether the
     crystal is all around, ``spread`` (n,) [px] by which a column may be off. ``member`` (columns,) is the class of each
-    column, -1 for none. ``hidden`` (classes,) tells which classes have no column that stands out."""
+    column, -1 for none. ``hidden`` (classes,) tells which classes have no column that stands out. ``rim`` (n,) tells
+    which places are so near to the border, or beyond it, that only a part of a column is seen."""
 
     position: Floats
     kind: Integers
@@ -44,6 +49,7 @@ class Places(NamedTuple):
     spread: Floats
     member: Integers
     hidden: NDArray[np.bool_]
+    rim: NDArray[np.bool_]
 
 
 class _Cell(NamedTuple):
@@ -94,7 +100,7 @@ def crystals(
             return False
         coordinates = cell.coordinates(position[mine])
         phases, own = _classes(coordinates, cell, _REACH * group.spacing)
-        if len(phases) == 0 or (own >= 0).mean() < _EXPLAINED:
+        if len(phases) == 0:
             return False
         known.append(Crystal(group, cell, coordinates, phases, own))
         return True
@@ -113,7 +119,7 @@ def places(position: Floats, known: list[Crystal], response: Image, width: float
     member, belongs = np.full(len(position), -1), np.full(len(position), -1)
     found = [(np.zeros((0, 2)), np.zeros(0, int), np.zeros(0, bool), np.zeros(0))]
     hidden: list[bool] = []
-    everyone = cKDTree(position)
+    everyone, last = cKDTree(position), np.array(response.shape) - 1
     for number, crystal in enumerate(known):
         belongs[crystal.group.members] = number
     for number, (group, cell, coordinates, phases, own) in enumerate(known):
@@ -121,14 +127,14 @@ def places(position: Floats, known: list[Crystal], response: Image, width: float
         member[group.members] = np.where(own >= 0, own + first, -1)
         cells, inside = _inhabited(cell, phases.mean(axis=0), coordinates, everyone, response.shape)
         more = _hidden(cell, cells, phases, response, width) if len(cells) else np.zeros((0, 2))
-        off = (coordinates - phases[own] - np.round(coordinates - phases[own])) @ cell.basis
+        off = _wrapped(coordinates - phases[own]) @ cell.basis
         off[own < 0] = 0
         hidden += [False] * len(phases) + [True] * len(more)
         for kind, phase in enumerate(np.concatenate([phases, more])):
             if len(cells) == 0:
                 break
             there = _open(cell, cells + phase, kind, mine, own, off)
-            free = ((there > width) & (there < np.array(response.shape) - 1 - width)).all(axis=1)
+            free = ((there > -_BEYOND * width) & (there < last + _BEYOND * width)).all(axis=1)
             away, nearest = (np.asarray(v) for v in everyone.query(there, 3))
             free &= away[:, 0] > max(1.3 * width, 0.4 * group.spacing)
             free &= (belongs[nearest] == number).sum(axis=1) >= 2
@@ -141,7 +147,10 @@ def places(position: Floats, known: list[Crystal], response: Image, width: float
     if len(where):
         twice = cKDTree(where).query_pairs(1.2 * width, output_type="ndarray")[:, 1]
         where, kinds, within, spreads = (np.delete(of, twice, axis=0) for of in (where, kinds, within, spreads))
-    return Places(where, kinds, within, spreads, member, np.array(hidden, bool))
+    if len(where):
+        within &= _enclosed(where, everyone)
+    rim = ((where < width) | (where > last - width)).any(axis=1)
+    return Places(where, kinds, within & ~rim, spreads, member, np.array(hidden, bool), rim)
 
 
 def _cell(place: Floats, amplitude: Floats, sigma: Floats, group: Neighbourhood) -> _Cell | None:
@@ -174,7 +183,7 @@ def _cell(place: Floats, amplitude: Floats, sigma: Floats, group: Neighbourhood)
         coordinates = cell.coordinates(place[some])
         crowd = _crowd(coordinates, basis, reach)
         top = coordinates[int(np.argmax(crowd))]
-        off = coordinates - top - np.round(coordinates - top)
+        off = _wrapped(coordinates - top)
         near = np.hypot(*(off @ basis).T) < 1.5 * reach
         terms = 6 if near.sum() > 30 and part == 1.0 else 3
         if near.sum() < 6:
@@ -208,27 +217,37 @@ def _crowd(coordinates: Floats, basis: Floats, reach: float) -> Integers:
 
 
 def _classes(coordinates: Floats, cell: _Cell, reach: float) -> tuple[Floats, Integers]:
-    """Places (k, 2) in the cell that many columns share, and (n,) which of them each column has (-1: none)."""
+    """Places (k, 2) in the cell that many columns share, and (n,) which of them each column has (-1: none); none at all
+    where these are too few of the columns.
+
+    Many is more than chance would bring together of all columns; when these have their places, of those left.
+    """
     crowd = _crowd(coordinates, cell.basis, reach)
-    chance = len(coordinates) * np.pi * reach**2 / abs(float(np.linalg.det(cell.basis)))
-    least = max(4.0, _LEAST_SHARE * float(crowd.max()), chance + 3 * np.sqrt(chance))
+    part = np.pi * reach**2 / abs(float(np.linalg.det(cell.basis)))
     phases: list[Floats] = []
-    free = crowd >= least
-    while free.any():
-        top = int(np.argmax(np.where(free, crowd, 0)))
-        off = coordinates - coordinates[top] - np.round(coordinates - coordinates[top])
-        near = np.hypot(*(off @ cell.basis).T) < reach
-        phase = coordinates[top] + off[near].mean(axis=0)
-        off = coordinates - phase - np.round(coordinates - phase)
-        free &= np.hypot(*(off @ cell.basis).T) > 2 * reach
-        phases.append(np.mod(phase, 1))
-    if not phases:
-        return np.zeros((0, 2)), np.full(len(coordinates), -1)
-    all_phases = np.array(phases)
-    off = coordinates[:, None] - all_phases
-    away = np.hypot(*np.moveaxis((off - np.round(off)) @ cell.basis, -1, 0))
-    own = away.argmin(axis=1)
-    return all_phases, np.where(away[np.arange(len(own)), own] < 1.5 * reach, own, -1)
+    own = np.full(len(coordinates), -1)
+    free = np.ones(len(coordinates), bool)
+    for _ in range(2):
+        chance = part * free.sum()
+        least = max(4.0, _LEAST_SHARE * float(crowd.max()), chance + 3 * np.sqrt(chance))
+        while (free & (crowd >= least)).any():
+            top = int(np.argmax(np.where(free, crowd, 0)))
+            off = _wrapped(coordinates - coordinates[top])
+            near = np.hypot(*(off @ cell.basis).T) < reach
+            phase = coordinates[top] + off[near].mean(axis=0)
+            away = np.hypot(*(_wrapped(coordinates - phase) @ cell.basis).T)
+            own[(away < 1.5 * reach) & (own < 0)] = len(phases)
+            free &= away > 2 * reach
+            free[top] = False
+            phases.append(np.mod(phase, 1))
+        if (own >= 0).mean() < _EXPLAINED:
+            return np.zeros((0, 2)), own
+    return np.array(phases), own
+
+
+def _wrapped(coordinates: Floats) -> Floats:
+    """Differences of coordinates, to the nearest cell's."""
+    return coordinates - np.round(coordinates)
 
 
 def _inhabited(
@@ -254,6 +273,16 @@ def _inhabited(
     share = share / max(1.0, float(np.median(usual / _on_image(columns, shape, radius))))
     kept = share > _INHABITED
     return cells[kept], share[kept] > _INSIDE
+
+
+def _enclosed(where: Floats, everyone: cKDTree) -> NDArray[np.bool_]:
+    """(n,) whether the columns nearest to each of ``where`` are on all its sides: seen from there, no two that follow
+    each other are half a turn apart."""
+    _, nearest = everyone.query(where, min(8, everyone.n))
+    off = everyone.data[np.asarray(nearest)] - where[:, None]
+    angle = np.sort(np.arctan2(off[..., 0], off[..., 1]), axis=1)
+    gap = np.diff(angle, axis=1, append=angle[:, :1] + 2 * np.pi)
+    return np.asarray(gap.max(axis=1) < _OPEN_SIDE)
 
 
 def _on_image(where: Floats, shape: tuple[int, ...], radius: float) -> Floats:
@@ -283,13 +312,13 @@ def _hidden(cell: _Cell, cells: Floats, phases: Floats, response: Image, width: 
     for phase in phases:
         free &= away(phase)
     chosen: list[Floats] = []
-    others = 1.4826 * float(np.median(np.abs(z[free] - np.median(z[free])))) if free.any() else 0.0
     while len(chosen) < _HIDDEN and free.any():
         top = int(np.argmax(np.where(free, z, -np.inf)))
-        if z[top] < max(_STANDS_OUT, _ABOVE_OTHERS * others):
+        free &= away(grid[top])
+        others = z[free] if free.any() else np.zeros(1)
+        if z[top] < max(_STANDS_OUT, _ABOVE_OTHERS * 1.4826 * float(np.median(np.abs(others - np.median(others))))):
             break
         chosen.append(grid[top])
-        free &= away(grid[top])
     return np.array(chosen).reshape(-1, 2)
 
 

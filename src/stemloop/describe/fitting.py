@@ -37,13 +37,13 @@ class Prior(NamedTuple):
         return float((self.precision * (columns - self.middle) ** 2).sum())
 
 
-def prior(columns: Floats, spread: Floats | None = None, width: float | None = None) -> Prior:
-    """Widths are alike, or near ``width`` [px]; the last columns are near where they start, give or take ``spread``
-    (m,) [px]."""
+def prior(columns: Floats, guided: Floats | None = None, width: float | None = None) -> Prior:
+    """Widths are alike, or near ``width`` [px]; the last columns are near where they start and about as bright, give or
+    take ``guided`` (m, 2) [px, amplitude]."""
     middle, precision = columns.copy(), np.zeros_like(columns)
     precision[:, 3] = LOG_WIDTH_SPREAD**-2
-    if spread is not None and len(spread):
-        precision[-len(spread) :, :2] = spread[:, None] ** -2
+    if guided is not None and len(guided):
+        precision[-len(guided) :, :3] = guided[:, [0, 0, 1]] ** -2
     if width:
         middle[:, 3] = np.log(width)
     return Prior(middle, precision, width is None).about(columns)
