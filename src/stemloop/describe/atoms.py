@@ -32,7 +32,7 @@ _LEAST_AMPLITUDE = 0.1
 _SIGNIFICANT, _STILL_SIGNIFICANT = 4.0, 3.0
 #: A class of columns none of which stands out has at least this part of the bright ones' amplitude, and is known to be
 #: there by so many deviations.
-_FAINTEST, _CERTAIN = 0.05, 6.0
+_FAINTEST, _CERTAIN = 0.1, 6.0
 #: Places with a chance above this are fitted before they are judged again; those on the rim have an amplitude known to
 #: this part.
 _TRIED_CHANCE, _RIM = 0.001, 0.5
@@ -168,7 +168,9 @@ def _finished(
     sites = _sites(region, model, weight, pixels, sigma)
     place = sites.position
     amplitude, deviation = _amplitudes(pixels - model.image, weight, place, width)
-    chance, expected = _chances(sites, amplitude, deviation, value[:, 2], sigma)
+    beyond = _spread(filters.negative_laplacian(pixels - model.image, width), 1 / np.maximum(weight, 1e-30), width)
+    deviation, sigma = beyond * deviation, beyond * sigma
+    chance, _, expected = _chances(sites, amplitude, deviation, value[:, 2], sigma)
     tried = (chance > _TRIED_CHANCE) | sites.rim
     height = np.where(sites.rim, expected, np.maximum(amplitude, 0.02 * value[:, 2].min()))
     more = np.column_stack([place, height, np.full(len(place), np.log(width))])[tried]
@@ -180,7 +182,7 @@ def _finished(
     n = len(value)
     amplitude, deviation = _amplitudes(pixels - model.image, weight, place, width)
     amplitude[tried], deviation[tried] = fitted[n:, 2], sigma[n:, 2]
-    chance, _ = _chances(sites, amplitude, deviation, fitted[:n, 2], sigma[:n, 2])
+    chance, most, _ = _chances(sites, amplitude, beyond * deviation, fitted[:n, 2], beyond * sigma[:n, 2])
     chance[sites.rim] = 0.0
     alone = presence(fitted[:n, 2], sigma[:n, 2], fitted[:n, 2], np.full(n, 0.95))
     taken = chance > _believed(chance, n)
@@ -192,7 +194,7 @@ def _finished(
     least = np.where(np.arange(len(start)) >= n, 0.0, _STILL_SIGNIFICANT)
     sound = np.concatenate([np.ones(n, bool), taken[tried]])
     good = _believable(fitted, sigma, width, pixels.shape, least, placed, sound) & (chances > 0.5)
-    vacant = place[(chance < 0.5) & sites.within]
+    vacant = place[(most < 0.5) & sites.within]
     part, under = count / np.maximum(whole, 1), model.under(fitted[:, :2])
     return _Found(fitted, sigma, under, chances, part, placed, vacant, sites.ordered).take(good)
 
@@ -241,17 +243,18 @@ def _sites(region: Region, model: fitting.Model, weight: Image, pixels: Image, s
 
 def _chances(
     sites: _Sites, amplitude: Floats, deviation: Floats, known: Floats, sigma: Floats
-) -> tuple[Floats, Floats]:
+) -> tuple[Floats, Floats, Floats]:
     """(n,) the chance that a column is at each of ``sites``, where ``amplitude`` (n,) give or take ``deviation`` was
-    measured, and (n,) what amplitude it would have; by the columns that stood out, whose amplitudes are ``known`` (m,)
+    measured, at least and (n,) at most, and (n,) what amplitude it would have; by the columns that stood out, whose amplitudes are ``known`` (m,)
     give or take ``sigma``."""
     tiny = 1e-9 * float(known.max())
     deviation, sigma = np.maximum(deviation, tiny), np.maximum(sigma, tiny)
-    chance, bright = np.zeros(len(amplitude)), np.full(len(amplitude), float(np.median(known)))
+    most, bright = np.ones(len(amplitude)), np.full(len(amplitude), float(np.median(known)))
     lone, classed, within = sites.kind < 0, sites.kind >= 0, sites.within
     if lone.any():
         share = np.where(within[lone], occupancy(amplitude[lone & within], deviation[lone & within], known), 0.5)
-        chance[lone] = presence(amplitude[lone], deviation[lone], known, share)
+        most[lone] = presence(amplitude[lone], deviation[lone], known, share)
+    chance = np.where(lone, most, 0.0)
     if classed.any():
         learned, member, number = within & classed, sites.member >= 0, len(sites.hidden)
         errors = np.concatenate([deviation[learned], sigma[member]])
@@ -261,10 +264,13 @@ def _chances(
         certain = like.mean * np.sqrt(np.bincount(kinds, errors**-2, number))
         faint = _FAINTEST * float(np.percentile(known, 75))
         real = ~sites.hidden | ((like.mean > faint) & (like.share > 0.5) & (certain > _CERTAIN))
-        chance[classed] = np.where(real[kind], like.presence(amplitude[classed], deviation[classed], kind), 0.0)
+        typical = np.bincount(kinds, errors, number) / np.maximum(np.bincount(kinds, minlength=number), 1)
+        for of, share in zip((chance, most), like.bounds(typical), strict=True):
+            bounded = like._replace(share=share)
+            of[classed] = np.where(real[kind], bounded.presence(amplitude[classed], deviation[classed], kind), 0.0)
         bright[classed] = np.where(real[kind], like.mean[kind], tiny)
         within[classed] &= real[kind]
-    return chance, bright
+    return chance, most, bright
 
 
 def _believed(chance: Floats, certain: int) -> float:

@@ -31,10 +31,15 @@ _BEYOND = 3.0
 #: A class that shows only in the mean of all cells stands out by this many deviations, and of the places that are
 #: neither column nor class by this many of theirs.
 _STANDS_OUT, _ABOVE_OTHERS = 6.0, 3.0
+#: Its columns are hidden by noise, not by what the model leaves: on average each stands out by less than this, and they
+#: differ by hardly more than noise.
+_UNSEEN, _EVEN = 4.0, 2.0
 #: Share of the usual number of columns around a cell where it may have columns, and where it is inside the crystal.
 _INHABITED, _INSIDE = 0.5, 0.65
 #: Classes that are looked for in the mean of cells, at most.
 _HIDDEN = 4
+#: Cells whose mean is looked at, at most.
+_SAMPLED = 200
 
 
 class Places(NamedTuple):
@@ -66,9 +71,7 @@ class _Cell(NamedTuple):
 
     def place(self, coordinates: Floats) -> Floats:
         first = coordinates @ self.basis + self.middle
-        for _ in range(2):
-            first = (coordinates + self._powers(first) @ self.bend) @ self.basis + self.middle
-        return first
+        return np.asarray(first + self._powers(first) @ self.bend @ self.basis)
 
     def _powers(self, place: Floats) -> Floats:
         y, x = ((place - self.middle) / self.size).clip(-1.3, 1.3).T
@@ -293,8 +296,9 @@ def _on_image(where: Floats, shape: tuple[int, ...], radius: float) -> Floats:
 
 def _hidden(cell: _Cell, cells: Floats, phases: Floats, response: Image, width: float) -> Floats:
     """(k, 2) places in the cell that no class of columns has but where the mean of all cells stands out."""
-    steps = [int(np.clip(np.hypot(*v) / (0.4 * width), 4, 40)) for v in cell.basis]
+    steps = [int(np.clip(np.hypot(*v) / (0.5 * width), 4, 40)) for v in cell.basis]
     grid = np.stack(np.meshgrid(*(np.arange(n) / n for n in steps), indexing="ij"), -1).reshape(-1, 2)
+    cells = np.random.default_rng(0).permutation(cells)[:_SAMPLED]
     place = np.round(cell.place((grid[:, None] + cells).reshape(-1, 2))).astype(int)
     last = np.array(response.shape) - 1
     inside = ((place >= width) & (place <= last - width)).all(axis=1)
@@ -316,6 +320,9 @@ def _hidden(cell: _Cell, cells: Floats, phases: Floats, response: Image, width: 
         top = int(np.argmax(np.where(free, z, -np.inf)))
         free &= away(grid[top])
         others = z[free] if free.any() else np.zeros(1)
+        seen = sampled[top][inside.reshape(len(grid), -1)[top]]
+        if seen.mean() > _UNSEEN or seen.std() > _EVEN:
+            break
         if z[top] < max(_STANDS_OUT, _ABOVE_OTHERS * 1.4826 * float(np.median(np.abs(others - np.median(others))))):
             break
         chosen.append(grid[top])

@@ -33,6 +33,9 @@ _FEWEST_ASKED = 6
 #: Columns of a class differ in amplitude by these parts at least and at most; so many of its places are believed to hold
 #: one before any is looked at.
 _LEAST_SPREAD, _MOST_SPREAD, _BELIEVED = 0.05, 0.3, 4.0
+#: Columns and empty places cannot be told by their amplitudes where these are so many deviations apart, and surely can
+#: where they are so many.
+_ALIKE, _TOLD = 1.0, 3.0
 #: What neighbours leave at an empty place, in amplitudes of its class.
 _LEFT = 0.1
 
@@ -224,6 +227,13 @@ class Classes(NamedTuple):
         empty = -0.5 * (amplitude / noise) ** 2 - np.log(noise)
         odds = np.log(self.share[kind] / (1 - self.share[kind])) + there - empty
         return np.asarray(1 / (1 + np.exp(-np.clip(odds, -500, 500))))
+
+    def bounds(self, sigma: Floats) -> tuple[Floats, Floats]:
+        """The least and the largest share that the places allow: where columns and empty places look alike, being
+        apart by few of their deviations ``sigma`` (classes,), dim columns on all are as likely as bright ones on some.
+        """
+        told = ((self.mean / np.maximum(sigma, 1e-300) - _ALIKE) / (_TOLD - _ALIKE)).clip(0, 1)
+        return np.minimum(self.share, 0.5 + 0.495 * told), np.maximum(self.share, 0.995 - 0.495 * told)
 
 
 def classes(amplitude: Floats, sigma: Floats, kind: NDArray[np.int64], number: int) -> Classes:
