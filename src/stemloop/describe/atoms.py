@@ -16,11 +16,12 @@ from scipy.spatial import cKDTree
 from stemloop.core.structure import Columns
 from stemloop.describe import filters, fitting, gaussians
 from stemloop.describe.brightness import sublattices
+from stemloop.describe.classes import crystals, places
 from stemloop.describe.gaussians import Floats, Image
 from stemloop.describe.noise import Noise, noise_of
 from stemloop.describe.raster import Raster, Region, raster_of
 from stemloop.describe.scale import Scale, scale_of, scale_of_spots
-from stemloop.describe.sites import expected, occupancy, presence
+from stemloop.describe.sites import classes, expected, occupancy, presence
 
 __all__ = ["find_columns", "sublattices"]
 
@@ -29,8 +30,16 @@ _LEAST_AMPLITUDE = 0.1
 #: A column that stands out has an amplitude of so many deviations; one that did so in a fit may have a few less in the
 #: next.
 _SIGNIFICANT, _STILL_SIGNIFICANT = 4.0, 3.0
-#: So many columns without order are no crystal.
-_MANY = 15
+#: A class of columns none of which stands out has at least this part of the bright ones' amplitude, and is known to be
+#: there by so many deviations.
+_FAINTEST, _CERTAIN = 0.1, 6.0
+#: Places with a chance above this are fitted before they are judged again; those on the rim have an amplitude known to
+#: this part.
+_TRIED_CHANCE, _RIM = 0.001, 0.5
+#: Of all columns so few at most are none, as far as their chances tell.
+_WRONG = 0.003
+#: So many columns without order are no crystal; there is order where this share of them has a lattice.
+_MANY, _ORDERED = 15, 0.15
 #: Of the spots on a support that are taken for atoms this share may be waves of it.
 _WAVES = 0.3
 #: Of a column's core at least this share must have been measured.
@@ -41,20 +50,20 @@ _AROUND = 20.0
 
 class _Found(NamedTuple):
     """Columns: ``value`` and ``sigma`` (n, 4) of row, col, amplitude, ln of the width; the ``background`` under each,
-    the ``chance`` that it is there, the ``measured`` share of its core; ``vacant`` places (m, 2); and whether they have
-    a lattice (``ordered``)."""
+    the ``chance`` that it is there, the ``measured`` share of its core, whether it has a ``placed`` class; ``vacant``
+    places (m, 2); and whether they have a lattice (``ordered``)."""
 
     value: Floats
     sigma: Floats
     background: Floats
     chance: Floats
     measured: Floats
+    placed: NDArray[np.bool_]
     vacant: Floats
     ordered: bool
 
     def take(self, kept: NDArray[np.bool_]) -> _Found:
-        value, sigma, background, chance, measured, vacant, ordered = self
-        return _Found(value[kept], sigma[kept], background[kept], chance[kept], measured[kept], vacant, ordered)
+        return _Found(*(of[kept] for of in self[:6]), self.vacant, self.ordered)
 
 
 def find_columns(image: NDArray[np.generic], pixel_size_nm: float | None = None) -> Columns:
@@ -149,38 +158,133 @@ def _searched(region: Region, raster: Raster, noise: Noise, scale: Scale) -> _Fo
 def _finished(
     region: Region, raster: Raster, noise: Noise, scale: Scale, value: Floats, background: Floats, width: float
 ) -> _Found:
-    """The last fit: with the columns that the lattice expects and that are there, weighted by the model's noise."""
+    """The last fit: with the columns that the lattice expects and that may be there, weighted by the model's noise.
+    Which of these are there is judged before it, and again after it."""
     model = fitting.Model(value, background, region.pixels.shape, width)
     pixels, weight = _data(region, model.image, raster, noise)
     weight = _doubted(pixels - model.image, weight, width)
-    sites = expected(value[:, :2], pixels.shape, width)
-    sites = sites.take(_present(region, sites.position.astype(np.int64), width))
-    amplitude, sigma = _amplitudes(pixels - model.image, weight, sites.position, width)
-    share = np.where(sites.within, occupancy(amplitude[sites.within], sigma[sites.within], value[:, 2]), 0.5)
-    there = presence(amplitude, sigma, value[:, 2], share) > 0.5
-    more = np.column_stack([sites.position, amplitude, np.full(len(amplitude), np.log(width))])[there]
+    precision = fitting.prior(value).precision
+    sigma = model.equations(weight, precision).deviations()[:, 2]
+    sites = _sites(region, model, weight, pixels, sigma)
+    place = sites.position
+    amplitude, deviation = _amplitudes(pixels - model.image, weight, place, width)
+    beyond = _spread(filters.negative_laplacian(pixels - model.image, width), 1 / np.maximum(weight, 1e-30), width)
+    deviation, sigma = beyond * deviation, beyond * sigma
+    chance, _, expected = _chances(sites, amplitude, deviation, value[:, 2], sigma)
+    tried = (chance > _TRIED_CHANCE) | sites.rim
+    height = np.where(sites.rim, expected, np.maximum(amplitude, 0.02 * value[:, 2].min()))
+    more = np.column_stack([place, height, np.full(len(place), np.log(width))])[tried]
+    free = np.where(sites.rim, _RIM * height, np.inf)[tried]
     start = np.concatenate([value, more])
-    known = fitting.prior(start, len(more), sites.spread, scale.width_of_all)
+    known = fitting.prior(start, np.column_stack([sites.spread[tried], free]), scale.width_of_all)
     model = fitting.fit(pixels, weight, start, model.background, width, known)
     fitted, sigma = model.columns, fitting.deviations(model, weight, pixels, known)
-    share = np.concatenate([np.full(len(value), share.max(initial=0.5)), share[there]])
-    chance = presence(fitted[:, 2], sigma[:, 2], fitted[: len(value), 2], share)
-    guided = np.arange(len(start)) >= len(value)
+    n = len(value)
+    amplitude, deviation = _amplitudes(pixels - model.image, weight, place, width)
+    amplitude[tried], deviation[tried] = fitted[n:, 2], sigma[n:, 2]
+    chance, most, _ = _chances(sites, amplitude, beyond * deviation, fitted[:n, 2], beyond * sigma[:n, 2])
+    chance[sites.rim] = 0.0
+    alone = presence(fitted[:n, 2], sigma[:n, 2], fitted[:n, 2], np.full(n, 0.95))
+    taken = chance > _believed(chance, n)
+    chances = np.concatenate([alone, np.where(taken, chance, 0)[tried]])
+    placed = np.concatenate([sites.member >= 0, sites.kind[tried] >= 0])
     _, count, whole = gaussians.core_means(
         fitted, model.image, region.measured.astype(np.float32), 2 * np.exp(fitted[:, 3])
     )
-    least = np.where(guided, 0.0, _STILL_SIGNIFICANT)
-    good = _believable(fitted, sigma, width, pixels.shape, least) & (chance > 0.5)
-    empty = ~there
-    empty[there] = ~good[len(value) :]
-    vacant = sites.position[empty & sites.within]
+    least = np.where(np.arange(len(start)) >= n, 0.0, _STILL_SIGNIFICANT)
+    sound = np.concatenate([np.ones(n, bool), taken[tried]])
+    good = _believable(fitted, sigma, width, pixels.shape, least, placed, sound) & (chances > 0.5)
+    vacant = place[(most < 0.5) & sites.within]
     part, under = count / np.maximum(whole, 1), model.under(fitted[:, :2])
-    return _Found(fitted, sigma, under, chance, part, vacant, sites.spread > 0).take(good)
+    return _Found(fitted, sigma, under, chances, part, placed, vacant, sites.ordered).take(good)
+
+
+class _Sites(NamedTuple):
+    """Places (n,) where columns should be: ``position`` (n, 2) [px], the class or ``kind`` (-1: none), whether
+    ``within`` the crystal or on the ``rim`` of the image, the ``spread`` [px] of the place. ``member`` is the class of
+    each column that stood out (-1: none), ``hidden`` tells which classes have none of these, ``ordered`` whether there
+    is a lattice."""
+
+    position: Floats
+    kind: NDArray[np.int64]
+    within: NDArray[np.bool_]
+    rim: NDArray[np.bool_]
+    spread: Floats
+    member: NDArray[np.int64]
+    hidden: NDArray[np.bool_]
+    ordered: bool
+
+
+def _sites(region: Region, model: fitting.Model, weight: Image, pixels: Image, sigma: Floats) -> _Sites:
+    """Where the columns of ``model``, whose amplitudes have the deviations ``sigma`` (n,), expect more."""
+    value, width, shape = model.columns, model.width, pixels.shape
+    groups, known = crystals(value[:, :2], value[:, 2], sigma, shape)
+    response = filters.negative_laplacian(pixels - model.image, width)
+    response *= np.sqrt(weight / np.float32(filters.laplacian_gain(width)))
+    cells = places(value[:, :2], known, response, width)
+    crystal = {id(each.group) for each in known}
+    voted = expected(value[:, :2], [group for group in groups if id(group) not in crystal], shape, width)
+    if len(cells.position) and len(voted.position):
+        voted = voted.take(np.asarray(cKDTree(cells.position).query(voted.position)[0]) > 1.2 * width)
+    number = len(voted.position)
+    position = np.concatenate([cells.position, voted.position])
+    seen = _present(region, position.astype(np.int64).clip(0, np.array(shape) - 1), width)
+    return _Sites(
+        position[seen],
+        np.concatenate([cells.kind, np.full(number, -1)])[seen],
+        np.concatenate([cells.within, voted.within])[seen],
+        np.concatenate([cells.rim, np.zeros(number, bool)])[seen],
+        np.concatenate([cells.spread, np.full(number, voted.spread)])[seen],
+        cells.member,
+        cells.hidden,
+        sum(len(group.members) for group in groups) > _ORDERED * len(value),
+    )
+
+
+def _chances(
+    sites: _Sites, amplitude: Floats, deviation: Floats, known: Floats, sigma: Floats
+) -> tuple[Floats, Floats, Floats]:
+    """(n,) the chance that a column is at each of ``sites``, where ``amplitude`` (n,) give or take ``deviation`` was
+    measured, at least and (n,) at most, and (n,) what amplitude it would have; by the columns that stood out, whose amplitudes are ``known`` (m,)
+    give or take ``sigma``."""
+    tiny = 1e-9 * float(known.max())
+    deviation, sigma = np.maximum(deviation, tiny), np.maximum(sigma, tiny)
+    most, bright = np.ones(len(amplitude)), np.full(len(amplitude), float(np.median(known)))
+    lone, classed, within = sites.kind < 0, sites.kind >= 0, sites.within
+    if lone.any():
+        share = np.where(within[lone], occupancy(amplitude[lone & within], deviation[lone & within], known), 0.5)
+        most[lone] = presence(amplitude[lone], deviation[lone], known, share)
+    chance = np.where(lone, most, 0.0)
+    if classed.any():
+        learned, member, number = within & classed, sites.member >= 0, len(sites.hidden)
+        errors = np.concatenate([deviation[learned], sigma[member]])
+        kinds = np.concatenate([sites.kind[learned], sites.member[member]])
+        like = classes(np.concatenate([amplitude[learned], known[member]]), errors, kinds, number)
+        kind = sites.kind[classed]
+        certain = like.mean * np.sqrt(np.bincount(kinds, errors**-2, number))
+        faint = _FAINTEST * float(np.percentile(known, 75))
+        real = ~sites.hidden | ((like.mean > faint) & (like.share > 0.5) & (certain > _CERTAIN))
+        typical = np.bincount(kinds, errors, number) / np.maximum(np.bincount(kinds, minlength=number), 1)
+        for of, share in zip((chance, most), like.bounds(typical), strict=True):
+            bounded = like._replace(share=share)
+            of[classed] = np.where(real[kind], bounded.presence(amplitude[classed], deviation[classed], kind), 0.0)
+        bright[classed] = np.where(real[kind], like.mean[kind], tiny)
+        within[classed] &= real[kind]
+    return chance, most, bright
+
+
+def _believed(chance: Floats, certain: int) -> float:
+    """The least chance of a column that is believed, so that of all columns, ``certain`` ones with them, only few are
+    none."""
+    order = np.sort(chance)[::-1]
+    wrong = np.cumsum(1 - order) / (certain + np.arange(1, len(order) + 1))
+    taken = (order > 0.5) & (wrong < _WRONG)
+    return float(order[taken].min()) - 1e-12 if taken.any() else 1.0
 
 
 def _nothing() -> _Found:
     none = np.zeros(0)
-    return _Found(np.zeros((0, 4)), np.zeros((0, 4)), none, none, none, np.zeros((0, 2)), False)
+    return _Found(np.zeros((0, 4)), np.zeros((0, 4)), none, none, none, none.astype(bool), np.zeros((0, 2)), False)
 
 
 def _own(found: _Found, region: Region) -> _Found:
@@ -199,11 +303,11 @@ def _joined(parts: list[_Found]) -> _Found:
     if len(parts) == 1:
         return parts[0]
     fields: list[Any] = list(zip(*parts, strict=True))
-    whole = _Found._make([*map(np.concatenate, fields[:6]), any(fields[6])])
+    whole = _Found._make([*map(np.concatenate, fields[:7]), any(fields[7])])
     if len(whole.value) == 0:
         return whole
     width = float(np.exp(np.median(whole.value[:, 3])))
-    good = whole.value[:, 2] > _LEAST_AMPLITUDE * float(np.percentile(whole.value[:, 2], 75))
+    good = whole.placed | (whole.value[:, 2] > _LEAST_AMPLITUDE * float(np.percentile(whole.value[:, 2], 75)))
     pairs = cKDTree(whole.value[:, :2]).query_pairs(width, output_type="ndarray")
     good[pairs[:, 1]] = False
     empty = whole.vacant
@@ -219,7 +323,7 @@ def _columns(found: _Found, raster: Raster) -> Columns:
         margin = float(np.median(width))
         place = found.value[:, :2]
         found = found.take(np.asarray(((place >= margin) & (place <= last - margin)).all(axis=1)))
-    value, sigma, background, chance, measured, vacant, _ = found
+    value, sigma, background, chance, measured, _, vacant, _ = found
     return Columns(
         value[:, :2],
         sigma[:, :2],
@@ -345,16 +449,18 @@ def _believable(
     width: float,
     shape: tuple[int, ...],
     least: Floats | float = _SIGNIFICANT,
+    placed: NDArray[np.bool_] | bool = False,
+    sound: NDArray[np.bool_] | bool = True,
 ) -> NDArray[np.bool_]:
-    """Which fits are columns: their amplitude ``least`` deviations or more, not far too weak, wide or narrow, on the
-    image, not doubled."""
-    good = np.isfinite(value).all(axis=1) & np.isfinite(sigma).all(axis=1)
+    """Which fits are columns: their amplitude ``least`` deviations or more, not far too weak (but for those ``placed``
+    by their class), wide or narrow, on the image, not doubled; and ``sound``."""
+    good = np.isfinite(value).all(axis=1) & np.isfinite(sigma).all(axis=1) & sound
     good &= value[:, 2] > least * sigma[:, 2]
     good &= (sigma[:, :2] < 0.5 * width).all(axis=1)
     good &= np.abs(value[:, 3] - np.log(width)) < np.log(2.2)
     good &= ((value[:, :2] >= -1) & (value[:, :2] <= shape)).all(axis=1)
     if good.any():
-        good &= value[:, 2] > _LEAST_AMPLITUDE * float(np.percentile(value[good, 2], 75))
+        good &= placed | (value[:, 2] > _LEAST_AMPLITUDE * float(np.percentile(value[good, 2], 75)))
     index = np.flatnonzero(good)
     doubled = index[cKDTree(value[index, :2]).query_pairs(1.2 * width, output_type="ndarray")]
     weaker = np.where(value[doubled[:, 0], 2] < value[doubled[:, 1], 2], doubled[:, 0], doubled[:, 1])

@@ -12,7 +12,7 @@ from stemloop.describe.equations import Equations
 from stemloop.describe.gaussians import Floats, Image
 
 #: Spread of a column's log-width around the median of all (a prior: it decides only where noise leaves width open).
-_LOG_WIDTH_SPREAD = 0.07
+LOG_WIDTH_SPREAD = 0.07
 #: The fit is done when a step lowers the squared deviations by less than this for each column.
 _DONE = 0.002
 _STEPS = 12
@@ -37,13 +37,13 @@ class Prior(NamedTuple):
         return float((self.precision * (columns - self.middle) ** 2).sum())
 
 
-def prior(columns: Floats, guided: int = 0, spread: float = 1.0, width: float | None = None) -> Prior:
-    """Widths are alike, or near ``width`` [px]; the last ``guided`` columns are near where they start, give or take
-    ``spread`` [px]."""
+def prior(columns: Floats, guided: Floats | None = None, width: float | None = None) -> Prior:
+    """Widths are alike, or near ``width`` [px]; the last columns are near where they start and about as bright, give or
+    take ``guided`` (m, 2) [px, amplitude]."""
     middle, precision = columns.copy(), np.zeros_like(columns)
-    precision[:, 3] = _LOG_WIDTH_SPREAD**-2
-    if guided:
-        precision[-guided:, :2] = spread**-2
+    precision[:, 3] = LOG_WIDTH_SPREAD**-2
+    if guided is not None and len(guided):
+        precision[-len(guided) :, :3] = guided[:, [0, 0, 1]] ** -2
     if width:
         middle[:, 3] = np.log(width)
     return Prior(middle, precision, width is None).about(columns)
