@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import fft, special
 from scipy.spatial import cKDTree
 
 from stemloop.core.structure import Columns
@@ -14,11 +15,14 @@ from stemloop.describe.brightness import sublattices
 from stemloop.describe.gaussians import Floats, Image
 from stemloop.describe.noise import Noise, noise_of
 from stemloop.describe.raster import raster_of
+from stemloop.describe.sites import expected
 
 #: A fit is believed up to so many widths from its place, and this many times wider or narrower than told.
 _NEAR, _ALIKE = 1.5, 2.2
 #: Two columns nearer than this, in widths, are one.
 _DOUBLED = 1.2
+#: So many pixels a side tell the noise's spectrum.
+_SAMPLE = 512
 
 
 def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Columns, NDArray[np.bool_], Floats]:
@@ -32,11 +36,18 @@ def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Colu
     Returns
     -------
     The columns, in the order of ``position``; (n,) which of the fits are to be believed (not run away, not doubled, not
-    far too wide or narrow); and (n,) how many of its deviations each amplitude is.
+    far too wide or narrow); and (n,) the logarithm of the chance that counting noise holds as much light in a column's
+    core as is there: from the fitted background where the columns have a lattice, else from the mean around.
 
     Raises
     ------
     InputError : as of :func:`stemloop.describe.atoms.find_columns`.
+
+    Notes
+    -----
+    The fit takes the noise of one pixel to know nothing of the next one's. Where somebody smoothed the image, or it was
+    resampled, that is not so, and the deviations are multiplied by the root of the noise's power where columns have
+    theirs, over that of white noise (at least 1).
     """
     raster = raster_of(image)
     noise = noise_of(raster.sample(512, 4))
@@ -51,28 +62,52 @@ def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Colu
         weight = _doubted(pixels - model.image, measured, noise, model.image, width_px)
         model = fitting.fit(pixels, weight, model.columns, model.background, width_px, known)
         value, sigma = model.columns, fitting.deviations(model, weight, pixels, known)
+        connected = _connected((pixels - model.image) * np.sqrt(weight), float(np.exp(np.median(value[:, 3]))))
         under = model.under(value[:, :2])
-        part, whole = gaussians.core_means(value, soft, measured.astype(np.float32), 2 * np.exp(value[:, 3]))[1:]
+        known_there = measured.astype(np.float32)
+        part, whole = gaussians.core_means(value, soft, known_there, 2 * np.exp(value[:, 3]))[1:]
+        usual = under
+        if not expected(value[:, :2], pixels.shape, width_px).spread:
+            about = filters.smooth(pixels, 6 * width_px)
+            usual = np.maximum(under, about[tuple(_pixels(value, pixels.shape).T)])
+        mean, count, _ = gaussians.core_means(value, pixels, known_there, 1.5 * np.exp(value[:, 3]))
+        variance = noise.variance(usual.astype(np.float32)).astype(np.float64)
+        gain = noise.gain if noise.gain > 0 else float(variance.mean() / pixels.mean())
+        chance = _by_chance(mean, count, usual, variance, gain)
     else:
-        value, sigma, under, part, whole = start, start, *np.zeros((3, 0))
+        value, sigma, connected, under, part, whole, chance = start, start, 1.0, *np.zeros((4, 0))
     columns = Columns(
         value[:, :2],
-        sigma[:, :2],
+        sigma[:, :2] * connected,
         value[:, 2] / raster.per,
         np.exp(value[:, 3]),
         sublattices(value[:, 2]),
         raster.low + under / raster.per,
         measured=part / np.maximum(whole, 1),
     )
-    return columns, _believable(value, sigma, start, width_px), value[:, 2] / np.maximum(sigma[:, 2], 1e-150)
+    return columns, _believable(value, sigma, start, width_px), chance
 
 
 def _start(soft: Image, position: Floats, width: float) -> Floats:
     """First parameters (n, 4) of the columns at ``position``."""
-    places = np.clip(np.round(position), 0, np.array(soft.shape) - 1).astype(np.int64)
+    places = _pixels(position, soft.shape)
     low = filters.around(soft, places, int(np.ceil(2 * width)))[1]
     height = np.maximum(soft[tuple(places.T)] - low, 1e-3)
     return np.column_stack([position, height, np.full(len(position), np.log(width))])
+
+
+def _pixels(value: Floats, shape: tuple[int, ...]) -> NDArray[np.int64]:
+    """(n, 2) the image's pixels nearest to the places of ``value``."""
+    return np.clip(np.round(np.nan_to_num(value[:, :2])), 0, np.array(shape) - 1).astype(np.int64)
+
+
+def _by_chance(mean: Floats, count: Floats, usual: Floats, variance: Floats, gain: float) -> Floats:
+    """Logarithm of the chance that ``count`` pixels of a ``usual`` level and ``variance`` come to a ``mean`` as high as
+    this, by noise of a Poisson process that adds ``gain`` an event and has that variance."""
+    awaited = np.maximum(count, 1) * variance / gain**2
+    there = np.maximum(awaited + count * (mean - usual) / gain, 1e-3)
+    few = np.log(special.gammainc(there, awaited) + 1e-300)
+    return np.where(there > 1e4, special.log_ndtr((awaited - there) / np.sqrt(awaited)), few)
 
 
 def _doubted(
@@ -94,3 +129,24 @@ def _believable(value: Floats, sigma: Floats, start: Floats, width: float) -> ND
     pairs = index[cKDTree(value[index, :2]).query_pairs(_DOUBLED * width, output_type="ndarray")]
     good[np.where(value[pairs[:, 0], 2] < value[pairs[:, 1], 2], pairs[:, 0], pairs[:, 1])] = False
     return np.asarray(good)
+
+
+def _connected(residual: Image, width: float) -> float:
+    """Root of the power of the ``residual`` (over its deviations) at the frequencies that place a column of ``width``
+    [px]; at least 1, which white noise has.
+
+    A Gaussian's place is told by frequencies around 1 / (2 pi width), but there the fit has taken its part of the
+    residual. So the power is read at two and three times that frequency, and follows from there as that of smoothed
+    noise does: its logarithm is a line in the squared frequency.
+    """
+    part = residual[tuple(slice(max(0, n // 2 - _SAMPLE // 2), n // 2 + _SAMPLE // 2) for n in residual.shape)]
+    power = np.abs(fft.rfft2(part)) ** 2 / part.size
+    frequency = np.hypot(*np.meshgrid(fft.fftfreq(part.shape[0]), fft.rfftfreq(part.shape[1]), indexing="ij"))
+    frequency *= 2 * np.pi * width
+
+    def ring(middle: float) -> float:
+        there = power[(frequency > middle - 0.4) & (frequency < middle + 0.4)]
+        return float(there.mean()) if there.size else 1.0
+
+    second, third = ring(2.0), ring(3.0)
+    return float(np.sqrt(max(1.0, second * max(1.0, second / max(third, 1e-9)) ** 0.6)))
