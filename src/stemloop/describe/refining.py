@@ -21,11 +21,18 @@ from stemloop.describe.sites import expected
 _NEAR, _ALIKE = 1.5, 2.2
 #: Two columns nearer than this, in widths, are one.
 _DOUBLED = 1.2
+#: Of the places that are apart in an image of noise so many may hold as much light as a column by chance. A maximum has
+#: been sought, which is as good as some forty places (R. J. Adler, 1981, doi:10.1137/1.9780898718980).
+_FALSE = 0.3 / 40
+#: Deviations of its amplitude that a column of a lattice has at least.
+_SIGNIFICANT = 4.0
+#: A place that stands out by fewer deviations is not fitted.
+_LEAST = 2.0
 #: So many pixels a side tell the noise's spectrum.
 _SAMPLE = 512
 
 
-def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Columns, NDArray[np.bool_], Floats]:
+def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Columns, NDArray[np.int64]]:
     """Fit a Gaussian at each of the places that another finder gives, all of them together on a smooth background.
 
     Parameters
@@ -35,9 +42,10 @@ def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Colu
 
     Returns
     -------
-    The columns, in the order of ``position``; (n,) which of the fits are to be believed (not run away, not doubled, not
-    far too wide or narrow); and (n,) the logarithm of the chance that counting noise holds as much light in a column's
-    core as is there: from the fitted background where the columns have a lattice, else from the mean around.
+    The columns whose fits are to be believed, and (m,) which of the places each is: not run away, not doubled, not far
+    too wide or narrow, and with more light in the core than counting noise would hold by chance somewhere in the
+    image: more than on the mean around, or, where the columns have a lattice, more than on the fitted background, and
+    an amplitude of more than four deviations.
 
     Raises
     ------
@@ -53,39 +61,51 @@ def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Colu
     noise = noise_of(raster.sample(512, 4))
     pixels, measured = raster.levels((slice(None), slice(None)))
     soft = filters.smooth(pixels, 0.5 * width_px)
-    start = _start(soft, np.asarray(position, np.float64).reshape(-1, 2), width_px)
-    known = fitting.prior(start) if len(start) else fitting.Prior(start, start, False)
-    weight = measured / noise.variance(soft)
+    places = np.asarray(position, np.float64).reshape(-1, 2)
+    index = np.flatnonzero(_visible(pixels, soft, noise, places, width_px))
+    if len(index) == 0:
+        none = np.zeros(0)
+        return Columns(np.zeros((0, 2)), np.zeros((0, 2)), none, none, index), index
+    start = _start(soft, places[index], width_px)
+    known = fitting.prior(start)
     background: Floats = np.full((2, 2), float(np.percentile(pixels[::4, ::4], 10)))
-    if len(start):
-        model = fitting.fit(pixels, weight, start, background, width_px, known)
-        weight = _doubted(pixels - model.image, measured, noise, model.image, width_px)
-        model = fitting.fit(pixels, weight, model.columns, model.background, width_px, known)
-        value, sigma = model.columns, fitting.deviations(model, weight, pixels, known)
-        connected = _connected((pixels - model.image) * np.sqrt(weight), float(np.exp(np.median(value[:, 3]))))
-        under = model.under(value[:, :2])
-        known_there = measured.astype(np.float32)
-        part, whole = gaussians.core_means(value, soft, known_there, 2 * np.exp(value[:, 3]))[1:]
-        usual = under
-        if not expected(value[:, :2], pixels.shape, width_px).spread:
-            about = filters.smooth(pixels, 6 * width_px)
-            usual = np.maximum(under, about[tuple(_pixels(value, pixels.shape).T)])
-        mean, count, _ = gaussians.core_means(value, pixels, known_there, 1.5 * np.exp(value[:, 3]))
-        variance = noise.variance(usual.astype(np.float32)).astype(np.float64)
-        gain = noise.gain if noise.gain > 0 else float(variance.mean() / pixels.mean())
-        chance = _by_chance(mean, count, usual, variance, gain)
+    model = fitting.fit(pixels, measured / noise.variance(soft), start, background, width_px, known)
+    weight = _doubted(pixels - model.image, measured, noise, model.image, width_px)
+    model = fitting.fit(pixels, weight, model.columns, model.background, width_px, known)
+    value, sigma = model.columns, fitting.deviations(model, weight, pixels, known)
+    under = model.under(value[:, :2])
+    good = _believable(value, sigma, start, width_px)
+    there = measured.astype(np.float32)
+    core = gaussians.core_means(value, pixels, there, 1.5 * np.exp(value[:, 3]))[:2]
+    limit = np.log(_FALSE * 4 * np.pi * width_px**2 / pixels.size)
+    light = _by_chance(*core, under, pixels, noise) < limit
+    if expected(value[good & light, :2], pixels.shape, width_px).spread:
+        light &= value[:, 2] > _SIGNIFICANT * sigma[:, 2]
     else:
-        value, sigma, connected, under, part, whole, chance = start, start, 1.0, *np.zeros((4, 0))
+        around = filters.smooth(pixels, 6 * width_px)[tuple(_pixels(value, pixels.shape).T)]
+        light = _by_chance(*core, np.maximum(under, around), pixels, noise) < limit
+    good &= light
+    value, sigma, under = value[good], sigma[good], under[good]
+    if len(value):
+        sigma = sigma * _connected((pixels - model.image) * np.sqrt(weight), float(np.exp(np.median(value[:, 3]))))
+    part, whole = gaussians.core_means(value, soft, there, 2 * np.exp(value[:, 3]))[1:]
     columns = Columns(
         value[:, :2],
-        sigma[:, :2] * connected,
+        sigma[:, :2],
         value[:, 2] / raster.per,
         np.exp(value[:, 3]),
         sublattices(value[:, 2]),
         raster.low + under / raster.per,
         measured=part / np.maximum(whole, 1),
     )
-    return columns, _believable(value, sigma, start, width_px), chance
+    return columns, index[good]
+
+
+def _visible(pixels: Image, soft: Image, noise: Noise, position: Floats, width: float) -> NDArray[np.bool_]:
+    """Which of the places stand out of the noise at all, by the negative Laplacian there."""
+    places = tuple(_pixels(position, pixels.shape).T)
+    variance = noise.variance(soft[places]) * filters.laplacian_gain(width)
+    return np.asarray(filters.negative_laplacian(pixels, width)[places] > _LEAST * np.sqrt(variance))
 
 
 def _start(soft: Image, position: Floats, width: float) -> Floats:
@@ -101,9 +121,14 @@ def _pixels(value: Floats, shape: tuple[int, ...]) -> NDArray[np.int64]:
     return np.clip(np.round(np.nan_to_num(value[:, :2])), 0, np.array(shape) - 1).astype(np.int64)
 
 
-def _by_chance(mean: Floats, count: Floats, usual: Floats, variance: Floats, gain: float) -> Floats:
-    """Logarithm of the chance that ``count`` pixels of a ``usual`` level and ``variance`` come to a ``mean`` as high as
-    this, by noise of a Poisson process that adds ``gain`` an event and has that variance."""
+def _by_chance(mean: Floats, count: Floats, usual: Floats, pixels: Image, noise: Noise) -> Floats:
+    """Logarithm of the chance that ``count`` pixels of a ``usual`` level come to a ``mean`` as high as this.
+
+    The noise is that of a Poisson process of the same variance. An event adds the slope of the variance over the level;
+    where there is no slope, as much as if the image began at zero.
+    """
+    variance = noise.variance(usual.astype(np.float32)).astype(np.float64)
+    gain = noise.gain if noise.gain > 0 else float(variance.mean() / pixels.mean())
     awaited = np.maximum(count, 1) * variance / gain**2
     there = np.maximum(awaited + count * (mean - usual) / gain, 1e-3)
     few = np.log(special.gammainc(there, awaited) + 1e-300)
