@@ -24,9 +24,9 @@ def test_places_that_are_off_come_back_to_the_columns():
 
 
 def test_what_is_no_column_is_left_out():
-    image, true, rng = crystal(3e4)
+    image, true, _ = crystal(3e4)
     between = true[:40] + np.array([5.0, 4.0])
-    columns, which = refine(image, np.concatenate([true, between]), 3.0)
+    _, which = refine(image, np.concatenate([true, between]), 3.0)
     assert np.isin(np.arange(len(true)), which).mean() > 0.98
     assert (which >= len(true)).sum() <= 1
 

@@ -205,9 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
                 progress.update(tasks[what], completed=done, description=note)
 
             card = (
-                measure_atoms(given.out)
-                if given.measure
-                else train_atoms(given.out, given.examples, settings, report)
+                measure_atoms(given.out) if given.measure else train_atoms(given.out, given.examples, settings, report)
             )
         if given.card:
             write_measured(card, given.card)

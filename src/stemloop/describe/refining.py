@@ -62,28 +62,32 @@ def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Colu
     pixels, measured = raster.levels((slice(None), slice(None)))
     soft = filters.smooth(pixels, 0.5 * width_px)
     places = np.asarray(position, np.float64).reshape(-1, 2)
-    index = np.flatnonzero(_visible(pixels, soft, noise, places, width_px))
+    seen = _visible(pixels, soft, noise, places, width_px)
+    seen[cKDTree(places).query_pairs(width_px, output_type="ndarray")[:, 1]] = False
+    index = np.flatnonzero(seen)
     if len(index) == 0:
         none = np.zeros(0)
         return Columns(np.zeros((0, 2)), np.zeros((0, 2)), none, none, index), index
     start = _start(soft, places[index], width_px)
     known = fitting.prior(start)
     background: Floats = np.full((2, 2), float(np.percentile(pixels[::4, ::4], 10)))
-    model = fitting.fit(pixels, measured / noise.variance(soft), start, background, width_px, known)
+    model = fitting.fit(
+        pixels, (measured / noise.variance(soft)).astype(np.float32), start, background, width_px, known
+    )
     weight = _doubted(pixels - model.image, measured, noise, model.image, width_px)
     model = fitting.fit(pixels, weight, model.columns, model.background, width_px, known)
     value, sigma = model.columns, fitting.deviations(model, weight, pixels, known)
     under = model.under(value[:, :2])
     good = _believable(value, sigma, start, width_px)
     there = measured.astype(np.float32)
-    core = gaussians.core_means(value, pixels, there, 1.5 * np.exp(value[:, 3]))[:2]
+    mean, count, _ = gaussians.core_means(value, pixels, there, 1.5 * np.exp(value[:, 3]))
     limit = np.log(_FALSE * 4 * np.pi * width_px**2 / pixels.size)
-    light = _by_chance(*core, under, pixels, noise) < limit
+    light = _by_chance(mean, count, under, pixels, noise) < limit
     if expected(value[good & light, :2], pixels.shape, width_px).spread:
         light &= value[:, 2] > _SIGNIFICANT * sigma[:, 2]
     else:
         around = filters.smooth(pixels, 6 * width_px)[tuple(_pixels(value, pixels.shape).T)]
-        light = _by_chance(*core, np.maximum(under, around), pixels, noise) < limit
+        light = _by_chance(mean, count, np.maximum(under, around), pixels, noise) < limit
     good &= light
     value, sigma, under = value[good], sigma[good], under[good]
     if len(value):
@@ -135,9 +139,7 @@ def _by_chance(mean: Floats, count: Floats, usual: Floats, pixels: Image, noise:
     return np.where(there > 1e4, special.log_ndtr((awaited - there) / np.sqrt(awaited)), few)
 
 
-def _doubted(
-    residual: Image, measured: NDArray[np.bool_], noise: Noise, mean: Image, width: float
-) -> Image:
+def _doubted(residual: Image, measured: NDArray[np.bool_], noise: Noise, mean: Image, width: float) -> Image:
     """One over the noise's variance, or over the residual's own where a first fit left more than noise."""
     weight = measured / noise.variance(mean)
     ratio = filters.smooth((weight * residual**2).astype(np.float32), width)
