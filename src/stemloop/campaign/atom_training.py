@@ -48,7 +48,7 @@ def example(seed: int, part: int, number: int) -> tuple[Example, str]:
     small = normalised(small)
     corner = np.array([rng.integers(n - SIDE + 1) for n in small.shape])
     cut = small[corner[0] : corner[0] + SIDE, corner[1] : corner[1] + SIDE]
-    position = to_network(made.position, exact) - corner
+    position = to_network(made.shown, exact) - corner
     log_width = np.log(made.width * exact.mean() / WIDTH)
     near = ((position > -CLOSE) & (position < SIDE - 1 + CLOSE)).all(axis=1)
     return Example(cut, position[near], log_width[near]), made.kind
@@ -99,7 +99,7 @@ def _deep(position: Floats, edge: float, shape: tuple[int, ...]) -> NDArray[np.b
 
 def measured(network: AtomNetwork, seed: int, each: int) -> dict[str, dict[str, float]]:
     """The whole finder on ``each`` new scenes of every kind: precision, recall, F1 within one and a half widths, with
-    and without the pixel size told; finds in an empty scene; deviations."""
+    and without the pixel size told; finds in an empty scene; deviations from where the image shows the columns."""
     table: dict[str, dict[str, float]] = {}
     for number, kind in enumerate(KINDS):
         for told in (True, False):
@@ -109,11 +109,11 @@ def measured(network: AtomNetwork, seed: int, each: int) -> dict[str, dict[str, 
                 made = scene(np.random.default_rng([seed, _TEST, number, i]), 64.0, kind)
                 columns = network.find(made.image, made.pixel_pm * 1e-3 if told else None).columns
                 edge = 3 * made.probe
-                inner, judged = (_deep(p, edge, made.image.shape) for p in (made.position, columns.position))
-                mine, other = assigned(columns.position, made.position, 1.5 * made.probe)
+                inner, judged = (_deep(p, edge, made.image.shape) for p in (made.shown, columns.position))
+                mine, other = assigned(columns.position, made.shown, 1.5 * made.probe)
                 finds, total = finds + int(judged.sum()), total + int(inner.sum())
                 hits += int((judged[mine] & inner[other]).sum())
-                pulls.append(((columns.position[mine] - made.position[other]) / columns.sigma[mine])[judged[mine]])
+                pulls.append(((columns.position[mine] - made.shown[other]) / columns.sigma[mine])[judged[mine]])
             numbers = {"scenes": float(each), "columns": float(total), "found": float(finds)}
             if total:
                 precision, recall = hits / max(1, finds), hits / total

@@ -149,7 +149,11 @@ def _doubted(residual: Image, measured: NDArray[np.bool_], noise: Noise, mean: I
 
 def _believable(value: Floats, sigma: Floats, start: Floats, width: float) -> NDArray[np.bool_]:
     """Which fits stayed where and as wide as they should be, and are not doubled; of two the weaker goes."""
-    good = np.isfinite(value).all(axis=1) & np.isfinite(sigma).all(axis=1) & (sigma[:, :2] < width).all(axis=1)
+    good = (
+        np.isfinite(value).all(axis=1)
+        & np.isfinite(sigma).all(axis=1)
+        & ((sigma[:, :2] > 0) & (sigma[:, :2] < width)).all(axis=1)
+    )
     good &= (value[:, 2] > 0) & (np.abs(value[:, 3] - np.log(width)) < np.log(_ALIKE))
     good &= np.hypot(*(value[:, :2] - start[:, :2]).T) < _NEAR * width
     index = np.flatnonzero(good)
