@@ -71,14 +71,15 @@ def lattice(find, pixel_pm: float, dose: float) -> dict[str, float]:
 
 
 def atoms_on_film(find, kind: str, scenes: int, told: bool) -> dict[str, float]:
-    """Scenes of ``kind``: rates within one and a half widths of the probe, away from the border."""
+    """Scenes of ``kind``: rates within one and a half widths of the probe of where the image shows the columns, away
+    from the border."""
     total = np.zeros(3, int)
     for number in range(scenes):
         made = scene(np.random.default_rng([SEED, number]), 64.0, kind)
         columns = find(made.image, made.pixel_pm * 1e-3 if told else None)
         edge, size = 3 * made.probe, np.array(made.image.shape) - 1
-        inner, judged = (((p > edge) & (p < size - edge)).all(axis=1) for p in (made.position, columns.position))
-        one, other = hits(columns.position, made.position, 1.5 * made.probe)
+        inner, judged = (((p > edge) & (p < size - edge)).all(axis=1) for p in (made.shown, columns.position))
+        one, other = hits(columns.position, made.shown, 1.5 * made.probe)
         total += [int((judged[one] & inner[other]).sum()), int(judged.sum()), int(inner.sum())]
     return {**rates(*(int(n) for n in total)), "scenes": scenes}
 
@@ -114,11 +115,16 @@ def main() -> None:
     default = os.environ.get("STEMLOOP_DATA") or Path(__file__).parents[2] / "shared" / "data"
     words.add_argument("--data", type=Path, default=Path(default))
     words.add_argument("--scenes", type=int, default=20)
+    words.add_argument("--finder", choices=list(finders()), help="measure this one anew and keep the other's numbers")
     asked = words.parse_args()
     folder = asked.data / "haadf" / "AtomDetection_ACSTEM"
     cases = labelled(folder) if folder.is_dir() else []
-    result: dict[str, object] = {"machine": {"cores": os.cpu_count(), "python": platform.python_version()}}
+    page = Path(__file__).parent / "results" / "finders.json"
+    result: dict[str, object] = json.loads(page.read_text()) if asked.finder and page.exists() else {}
+    result["machine"] = {"cores": os.cpu_count(), "python": platform.python_version()}
     for name, find in finders().items():
+        if asked.finder not in (None, name):
+            continue
         find(perovskite(128, 1e5).image)  # compiles and loads
         result[name] = {
             "perovskite": {f"{p:g} pm, {d:g} e/A2": lattice(find, p, d) for p in PIXELS_PM for d in DOSES},
@@ -129,7 +135,7 @@ def main() -> None:
             "labelled Pt atoms, pixel size unknown": recorded(find, cases, False) if cases else "not there",
         }
         print(name, json.dumps(result[name], indent=1), flush=True)
-    (Path(__file__).parent / "results" / "finders.json").write_text(json.dumps(result, indent=1) + "\n")
+    page.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

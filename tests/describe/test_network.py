@@ -90,13 +90,29 @@ def test_a_turned_image_has_the_same_columns_turned(turn):
     assert len(assigned(there, back, made.probe)[0]) >= 0.75 * max(len(there), len(back))
 
 
-@pytest.mark.parametrize("mean, most", [(0.3, 10), (4.0, 0), (200.0, 0)])
-def test_noise_alone_holds_no_column(mean, most):
-    # at a third of an electron a pixel, chance gathers a few electrons here and there that look like an atom
-    for seed in range(2):
-        image = np.random.default_rng(seed).poisson(mean, (256, 256)).astype(float)
-        assert len(find_columns(image)) <= most
-        assert len(find_columns(image, 0.02)) <= most
+@pytest.mark.parametrize("mean", [0.03, 0.1, 0.3, 1.0, 4.0, 50.0, 1000.0])
+def test_noise_alone_holds_no_column(mean):
+    """The limit is set for less than one column in an image; so five images hold less than one each."""
+    found = 0
+    for seed in range(5):
+        image = np.random.default_rng([31, seed]).poisson(mean, (192, 192)).astype(float)
+        found += len(find_columns(image, [None, 0.02, 0.035][seed % 3]))
+    assert found <= 5
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.5])
+def test_deviations_hold_in_smoothed_images_too(smoothing):
+    from scipy import ndimage
+
+    image, whole = crystal("SrTiO3[001]", 15, 2e4, seed=8, shape=(320, 320))
+    width = 45 / 15
+    columns = find_columns(ndimage.gaussian_filter(image, smoothing * width) if smoothing else image, 0.015)
+    _, _, mine, theirs = rates(columns.position, whole.position, image.shape, 3.0, 12)
+    error = columns.position[mine] - whole.position[theirs]
+    within = np.mean(np.abs(error) < columns.sigma[mine])
+    # 0.68 if exact; about 450 coordinates scatter by 0.022. Of smoothed noise the power at the columns' frequencies is
+    # extrapolated, which is right within a factor of 1.6 (without it, one in ten lies within its deviation)
+    assert (0.60 < within < 0.76) if not smoothing else (0.42 < within < 0.85)
 
 
 def test_smooth_shapes_and_speckle_hold_few_columns():

@@ -329,9 +329,7 @@ def _hidden(cell: _Cell, cells: Floats, phases: Floats, response: Image, width: 
     return np.array(chosen).reshape(-1, 2)
 
 
-def _open(
-    cell: _Cell, coordinates: Floats, kind: int, mine: Floats, own: Integers, off: Floats
-) -> Floats:
+def _open(cell: _Cell, coordinates: Floats, kind: int, mine: Floats, own: Integers, off: Floats) -> Floats:
     """(m, 2) where columns of a class should be, moved as the columns around each are, its own class twice as much."""
     there = cell.place(coordinates)
     radius = 1.6 * np.hypot(*cell.basis.T).max()

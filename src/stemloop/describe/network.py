@@ -28,7 +28,7 @@ from stemloop.describe.noise import noise_of
 from stemloop.describe.raster import Raster, raster_of
 from stemloop.describe.refining import refine
 from stemloop.describe.scale import scale_of
-from stemloop.describe.sites import expected
+from stemloop.describe.sites import expected, neighbourhoods
 from stemloop.learn.atomnet import DIVISOR
 from stemloop.learn.atomnet_calibrate import Joined, believed, join, novelty
 from stemloop.learn.atomnet_image import CELL, WIDTH, from_network, normalised, resampled
@@ -48,11 +48,12 @@ _WIDER = (1.6, 2.5)
 _FINEST = 1.0
 #: So many consistent columns in a part of the image settle the scale.
 _ENOUGH = 30.0
+#: So many widths a side of the image are looked at to judge a scale.
+_TRIED = 110
+#: Narrowest columns [px] that the network is shown; it has seen columns down to WIDTH / 1.6.
+_NARROWEST = 1.8
 #: A scale is right if the network finds columns there that are as wide as they should be, within this log ratio.
 _CONSISTENT = 0.35
-#: A column whose amplitude is less than so many of its deviations (for a Gaussian that ratio is width over the
-#: place's deviation) is believed only if its probability is above this: noise alone makes weak chances now and then.
-_SIGNIFICANT, _SURE = 4.0, 0.6
 _TILE, _HALO = 512, 64
 
 
@@ -121,15 +122,15 @@ class AtomNetwork:
         place = from_network(seen.position, exact)
         taken = (chance >= self.card["threshold"]) & ((place >= 0) & (place <= np.array(pixels.shape) - 1)).all(axis=1)
         start, members, chance = place[taken], seen.chance[taken], chance[taken]
-        columns, good, significance = refine(image, start, width)
-        sees = members[good] > 0.5 * members[good].max(axis=1, keepdims=True, initial=0)
-        columns, members, chance = _take(columns, good), members[good], chance[good]
+        columns, which = refine(image, start, width)
+        members, chance = members[which], chance[which]
+        sees = members > 0.5 * members.max(axis=1, keepdims=True, initial=0)
         spread = _disagreement(columns, sees, pixels.shape)
         wide = columns.width[:, None]
         far = (columns.position >= wide) & (columns.position <= np.array(pixels.shape) - 1 - wide)
-        plain = (significance[good] > _SIGNIFICANT) | (chance > _SURE)
-        inside = np.asarray(far.all(axis=1) & plain)
-        sites = expected(columns.position, pixels.shape, width)
+        inside = np.asarray(far.all(axis=1))
+        around = neighbourhoods(columns.position, pixels.shape)
+        sites = expected(columns.position, around, pixels.shape, width)
         vacant = sites.position[sites.within]
         columns = replace(columns, sigma=np.hypot(columns.sigma, spread), p_present=chance, vacant=vacant)
         return Found(_take(columns, inside), members[inside], novelty(features, self.card["usual"]), width)
@@ -148,7 +149,7 @@ class AtomNetwork:
             if best[0] > _ENOUGH:
                 break
         width = float(np.clip(best[1], *_WIDTHS))
-        small, exact = resampled(pixels, WIDTH / width)
+        small, exact = resampled(pixels, _factor(width))
         seen, features = self._seen(normalised(small))
         return seen, exact, width, features
 
@@ -156,12 +157,13 @@ class AtomNetwork:
         """How much speaks for a ``width`` of the columns, and that width corrected by what the network sees."""
         score = 0.0
         for _ in range(2):
-            seen, _ = self._seen(normalised(resampled(pixels, WIDTH / width)[0]))
+            side = int(_TRIED * width)
+            seen, _ = self._seen(normalised(resampled(pixels[:side, :side], _factor(width))[0]))
             chance = believed(seen.chance, *self.card["line"])
             chance = np.where(chance >= max(0.5, self.card["threshold"]), chance, 0.0)
             if not chance.any():
                 return 0.0, width
-            off = _weighted_median(seen.log_width, chance)
+            off = _weighted_median(seen.log_width, chance) - float(np.log(width * _factor(width) / WIDTH))
             score = float(chance.sum() * np.exp(-0.5 * (off / _CONSISTENT) ** 2))
             if abs(off) < 0.15:
                 break
@@ -249,6 +251,12 @@ def _disagreement(columns: Columns, sees: NDArray[np.bool_], shape: tuple[int, .
     weight = sees.T[:, :, None] / np.maximum(sees.sum(axis=1), 1)[None, :, None]
     mean = (off * weight).sum(axis=0)
     return np.asarray(np.sqrt(((off - mean) ** 2 * weight).sum(axis=0)))
+
+
+def _factor(width: float) -> float:
+    """By how much an image whose columns have a ``width`` [px] is magnified; never more than the network needs, for
+    that costs time and shows nothing new."""
+    return WIDTH / width if width > WIDTH else max(1.0, _NARROWEST / width)
 
 
 def _weighted_median(values: Floats, weight: Floats) -> float:

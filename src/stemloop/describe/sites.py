@@ -68,8 +68,13 @@ class Neighbourhood(NamedTuple):
         return self.vectors[self.share >= _SHARED]
 
 
+def shares_vectors(group: Neighbourhood) -> bool:
+    """Whether most columns of a neighbourhood share as many vectors as a lattice has shortest ones."""
+    return len(group.common) >= 4
+
+
 def neighbourhoods(
-    position: Floats, shape: tuple[int, ...], sound: Callable[[Neighbourhood], bool]
+    position: Floats, shape: tuple[int, ...], sound: Callable[[Neighbourhood], bool] = shares_vectors
 ) -> list[Neighbourhood]:
     """The columns at ``position`` (n, 2) [px] in groups near each other, each with a lattice of its own: groups are
     halved until they are ``sound`` or small. Small ones that share no vectors are left out."""
@@ -85,7 +90,7 @@ def neighbourhoods(
         if len(members) <= _GROUP:
             vectors, share = _shared_vectors(position, members, tree, room, _REACH * spacing, shape)
             group = Neighbourhood(members, vectors, share, spacing)
-            if sound(group) or (len(group.common) >= 4 and len(members) <= _SMALLEST_GROUP):
+            if sound(group) or (shares_vectors(group) and len(members) <= _SMALLEST_GROUP):
                 groups.append(group)
                 continue
         if len(members) > _SMALLEST_GROUP:
@@ -104,7 +109,7 @@ def expected(position: Floats, groups: list[Neighbourhood], shape: tuple[int, ..
     ``shape`` is the image's; sites nearer than ``margin`` [px] to its border are left out.
     """
     none = Sites(np.zeros((0, 2)), np.zeros(0, bool), 0.0)
-    groups = [group for group in groups if len(group.common) >= 4]
+    groups = [group for group in groups if shares_vectors(group)]
     if not groups:
         return none
     tree, spacing = cKDTree(position), groups[0].spacing
@@ -157,7 +162,10 @@ def _shared_vectors(
     along = [np.sort(position[asked, i]) for i in (0, 1)]  # how many have room: along either side alone, multiplied
     room = np.ones(len(differences))
     for i in (0, 1):
-        first, final = np.searchsorted(along[i], -differences[:, i]), np.searchsorted(along[i], last[i] - differences[:, i])
+        first, final = (
+            np.searchsorted(along[i], -differences[:, i]),
+            np.searchsorted(along[i], last[i] - differences[:, i]),
+        )
         room *= (final - first) / len(asked)
     usable = room * len(asked) >= _FEWEST_ASKED
     differences, room = differences[usable], room[usable]

@@ -54,7 +54,7 @@ class Settings:
 
     members: int = 3
     channels: tuple[int, int, int] = (16, 32, 48)
-    shared: int = 5
+    shared: int = 6
     epochs: int = 2
     batch: int = 8
     rate: float = 4e-3

@@ -21,7 +21,7 @@ from stemloop.simulate.pictures import PEAK_OF_DOSE, PLANES, Layout, jittered, j
 Floats = NDArray[np.float64]
 
 #: Kinds of scenes and how often each is drawn.
-KINDS = {"lattice": 0.32, "grains": 0.08, "particle": 0.10, "single atoms": 0.35, "nothing": 0.15}
+KINDS = {"lattice": 0.22, "grains": 0.06, "particle": 0.09, "single atoms": 0.48, "nothing": 0.15}
 #: Pixel sizes [pm], probe widths relative to that of the planes, and doses [e/A^2]; all even on a logarithmic scale.
 PIXEL_PM = (7.5, 34.0)
 PROBE = (0.85, 1.7)
@@ -29,14 +29,21 @@ DOSE = (5e2, 3e5)
 #: Nearest columns of a plane are at least so many widths apart: closer ones cannot be told apart by eye either.
 _RESOLVED = 2.7
 _LEAST_WIDTH_PX = 1.0
-#: A single atom's counts over their deviation within the probe are at least this: nobody could see a weaker one.
-_VISIBLE = 4.0
+#: Probe widths where there is no crystal that would show how wide they are.
+_WIDE_PROBE = (0.85, 2.2)
+#: A single atom's counts over their deviation within the probe are at least this (nobody could see a weaker one), and
+#: in this share of the scenes they are at most that.
+_VISIBLE, _FAINT, _FAINT_MOST = 4.0, 0.65, 14.0
 
 
 @dataclass(frozen=True)
 class Scene:
     """``image`` (rows, columns) [grey levels], its columns' ``position`` (n, 2) [px], ``width`` (n,) and ``amplitude``
-    (n,), the ``probe`` width [px] of an ordinary column, ``pixel_pm`` and the ``kind``."""
+    (n,), the ``probe`` width [px] of an ordinary column, ``pixel_pm`` and the ``kind``.
+
+    ``shown`` (n, 2): where the columns are in the image, displaced with its lines and by a slow detector. ``flaws``:
+    which of scan, tail, lines, readout, afterglow, smoothing took part.
+    """
 
     image: Floats
     position: Floats
@@ -45,6 +52,8 @@ class Scene:
     probe: float
     pixel_pm: float
     kind: str
+    shown: Floats
+    flaws: tuple[str, ...]
 
 
 def scene(rng: np.random.Generator, side: float = 64.0, kind: str | None = None) -> Scene:
@@ -53,6 +62,9 @@ def scene(rng: np.random.Generator, side: float = 64.0, kind: str | None = None)
     if kind not in KINDS:
         raise UnknownName(f"no scene is called {kind!r}; known: {', '.join(KINDS)}.")
     pixel_pm, width_pm, plane = _optics(rng)
+    if kind in ("single atoms", "nothing"):
+        width_pm = 45.0 * _log_uniform(rng, *_WIDE_PROBE)
+    width_pm = max(width_pm, _LEAST_WIDTH_PX * pixel_pm)
     probe = width_pm / pixel_pm
     n = max(24, round(side * probe))
     shape = (n, n)
@@ -66,9 +78,12 @@ def scene(rng: np.random.Generator, side: float = 64.0, kind: str | None = None)
         columns, ground = _surrounded(rng, columns, probe, kind == "particle")
     counts = _log_uniform(rng, *DOSE) * (pixel_pm / 100) ** 2 * PEAK_OF_DOSE
     if kind == "single atoms":
-        counts = max(counts, _VISIBLE**2 * (0.5 + float(ground.mean())) / (np.pi * probe**2))
-    image = _exposed(rng, columns, ground, counts, probe, 2.5 if kind == "nothing" else 0.8)
-    return Scene(image, columns.position, columns.width, columns.weight * counts, probe, pixel_pm, kind)
+        unit = (0.5 + float(ground.mean())) / (np.pi * probe**2)
+        seen = _log_uniform(rng, _VISIBLE, _FAINT_MOST) if rng.random() < _FAINT else _VISIBLE
+        counts = seen**2 * unit if seen > _VISIBLE else max(counts, seen**2 * unit)
+    image, shown, flaws = _exposed(rng, columns, ground, counts, probe, 2.5 if kind == "nothing" else 0.8)
+    amplitude = columns.weight * counts
+    return Scene(image, columns.position, columns.width, amplitude, probe, pixel_pm, kind, shown, flaws)
 
 
 def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
@@ -231,8 +246,8 @@ def _single_atoms(
     rng: np.random.Generator, shape: tuple[int, int], pixel_pm: float, probe: float
 ) -> tuple[Layout, Floats]:
     """Heavy atoms here and there on a film, some in pairs or rafts; brightness 1 is that of an ordinary one."""
-    ground = _support(rng, shape, probe) * _log_uniform(rng, 0.1, 8.0)
-    expected = _log_uniform(rng, 0.5, 40.0) * (shape[0] / (64 * probe)) ** 2
+    ground = _support(rng, shape, probe) * _log_uniform(rng, 0.4, 8.0)
+    expected = _log_uniform(rng, 2.0, 40.0) * (shape[0] / (64 * probe)) ** 2
     place = rng.uniform(-2 * probe, np.array(shape) + 2 * probe, (rng.poisson(expected), 2))
     if rng.random() < 0.4:
         beside = place[rng.random(len(place)) < 0.4]
@@ -268,26 +283,46 @@ def _painted(columns: Layout, shift: Floats) -> Floats:
 
 def _exposed(
     rng: np.random.Generator, columns: Layout, ground: Floats, counts: float, probe: float, smoothest: float
-) -> Floats:
-    """What the detector writes: ``counts`` is the mean at the top of a column of weight 1, ``smoothest`` the strongest
-    smoothing, in widths of the probe."""
+) -> tuple[Floats, Floats, tuple[str, ...]]:
+    """What the detector writes, where it shows the columns (n, 2), and what was not perfect: ``counts`` is the mean at
+    the top of a column of weight 1, ``smoothest`` the strongest smoothing, in widths of the probe."""
     rows = columns.shape[0]
-    shift = np.zeros(rows)
+    shift, flaws = np.zeros(rows), []
     if rng.random() < 0.5:
         step = rng.normal(0, _log_uniform(rng, 0.02, 0.25) * probe, rows)
         shift = ndimage.gaussian_filter1d(step, rng.choice([0.01, 1.0, 4.0])) if rng.random() < 0.7 else step
+        flaws.append("scan")
     image = _painted(columns, shift)
+    shown = _displaced(columns, shift)
     if rng.random() < 0.5:  # the probe's tail
         tail = rng.uniform(0.02, 0.3)
         image = (1 - tail) * image + 9 * tail * ndimage.gaussian_filter(image, np.sqrt(8) * probe, truncate=3)
+        flaws.append("tail")
     mean = counts * (image + ground)
     if rng.random() < 0.3:
         mean = mean * (1 + rng.normal(0, _log_uniform(rng, 0.003, 0.05), rows))[:, None]
+        flaws.append("lines")
     taken = rng.poisson(np.maximum(mean, 0)).astype(np.float64)
     if rng.random() < 0.4:
         taken += rng.normal(0, _log_uniform(rng, 0.05, 1.0) * np.sqrt(mean.mean() + 0.1), taken.shape)
+        flaws.append("readout")
     if rng.random() < 0.15:  # a detector that glows after
-        taken = ndimage.convolve1d(taken, np.array([0.0, 0.0, 1.0, a := rng.uniform(0.1, 0.6), a**2]), axis=1)
+        a = rng.uniform(0.1, 0.6)
+        taken = ndimage.convolve1d(taken, np.array([0.0, 0.0, 1.0, a, a**2]), axis=1)
+        shown[:, 1] += (a + 2 * a**2) / (1 + a + a**2)
+        flaws.append("afterglow")
     if rng.random() < 0.25 * smoothest:  # somebody smoothed it
         taken = ndimage.gaussian_filter(taken, rng.uniform(0.3, smoothest) * probe)
-    return taken
+        flaws.append("smoothing")
+    return taken, shown, tuple(flaws)
+
+
+def _displaced(columns: Layout, shift: Floats) -> Floats:
+    """(n, 2) where columns are seen whose line r is moved by ``shift[r]`` [px]: the mean over their lines, each counted
+    by the light that it holds."""
+    place = columns.position.copy()
+    if shift.any() and len(place):
+        away = (np.arange(len(shift)) - place[:, :1]) / columns.width[:, None]
+        light = np.exp(-0.5 * away**2) + 1e-300
+        place[:, 1] += light @ shift / light.sum(axis=1)
+    return place
