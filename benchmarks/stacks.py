@@ -3,7 +3,7 @@
 Run: python benchmarks/stacks.py [--frames 200] [--size 512] [--dose 1000] [--stripes 0] [--seed 11]
 
 SrTiO3 [001] at 15 pm a pixel, 1 % vacancies, 3 pm disorder, lines that wander by 0.2 px, five jumps of up to 28 px (a
-cell is 26 px), one frame of shuffled pixels and one blank one. ``--stripes`` adds lines that stand still in the scan, in
+cell is 26 px), one frame of shuffled pixels, one blank. ``--stripes`` adds lines that stand still in the scan, in
 units of the brightest column. The bound is the Cramer-Rao bound of a lone column at the dose of all good frames.
 """
 
@@ -22,7 +22,6 @@ from scipy.spatial import cKDTree
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from reduce.moving import bound, stack
-
 from stemloop.describe.atoms import find_columns
 from stemloop.reduce.register import average, register
 

@@ -181,6 +181,26 @@ def test_values_that_are_no_counts_are_rounded_and_lose_their_deviations(tmp_pat
     assert reduction.open_scan(whole).quantum == 1.0
 
 
+@pytest.mark.parametrize("name", ["dpc_y", "sum_pattern", "bf", "bf_sigma", "rotation", "counts", "a/b", ".", ""])
+def test_a_detector_takes_no_other_maps_name(file, name):
+    with reduction.open_scan(file, pixel_rad=1e-3) as opened, pytest.raises(InputError, match="cannot be called"):
+        reduction.reduce_scan(opened, rings={name: (1e-3, 4e-3)})
+
+
+def test_two_detectors_of_one_name_are_refused(file, tmp_path, capsys):
+    words = ["--pixel-mrad", "1", "--ring", "outer:1:4", "--ring", "outer:2:5"]
+    assert cli.main(["reduce", str(file), "--out", str(tmp_path / "out"), *words]) == 2
+    assert "two detectors" in capsys.readouterr().err
+
+
+def test_values_that_are_not_finite_are_counted_and_said(tmp_path):
+    data = scan().astype(np.float32)
+    data[2, 3, :4, 5], data[1, 1, 0, 0] = np.nan, np.inf
+    np.save(tmp_path / "scan.npy", data)
+    with reduction.open_scan(tmp_path / "scan.npy") as opened:
+        assert opened.notes == ["5 values are not finite and were taken as zero"]
+
+
 def test_strain_and_single_sidebands_from_a_file(tmp_path):
     rng = np.random.default_rng(1)
     image = sum(

@@ -67,6 +67,33 @@ def test_a_bad_file_does_not_end_the_others(files, capsys):
     assert main(["library", "info", "nowhere"]) == 2
 
 
+def test_a_bad_frame_does_not_end_the_others_and_the_file_is_hashed_once(files, capsys, monkeypatch):
+    import stemloop.store.library as store
+
+    image = np.load("a.npy").astype(float)
+    blank, broken = np.zeros_like(image), np.full_like(image, np.nan)
+    np.save("stack.npy", np.stack([blank, image, broken, image]))
+    hashed = []
+    monkeypatch.setattr(store, "sha256_of", lambda path: hashed.append(path) or "ab" * 32)
+    assert main(["library", "add", "seen", "stack.npy"]) == 2
+    shown = capsys.readouterr()
+    assert "frame 0: all pixels" in shown.err and "frame 2:" in shown.err and len(hashed) == 1
+    with Library("seen") as library:
+        assert {row[0] for row in library._ask("SELECT frame FROM entries")} == {1, 3}
+
+
+def test_colours_are_one_image_and_spectra_none(tmp_path):
+    from stemloop.campaign.images.elements import images_of
+    from stemloop.core.errors import InputError
+
+    np.save(tmp_path / "rgb.npy", np.stack([np.full((40, 50), v, np.uint8) for v in (10, 20, 60, 255)], axis=2))
+    (image, _), *more = images_of(tmp_path / "rgb.npy")
+    assert image.shape == (40, 50) and (image == 30).all() and not more
+    np.save(tmp_path / "scan.npy", np.zeros((3, 3, 8, 8)))
+    with pytest.raises(InputError, match="no image"):
+        next(images_of(tmp_path / "scan.npy"))
+
+
 def test_real_images_are_told_apart_and_their_likes_found(tmp_path):
     from stemloop.campaign.images.elements import elements_of, images_of
 

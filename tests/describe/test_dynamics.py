@@ -156,6 +156,21 @@ def test_slow_changes_give_the_count_over_the_time():
     assert np.allclose(balance, 0, atol=1e-12) and found.occupation.sum() == pytest.approx(1)
 
 
+def test_changes_as_fast_as_the_frames_are_found_and_faster_ones_said_to_be_unknown():
+    frame_s = 1.0
+    for rate, known in ((1.0, True), (20.0, False)):
+        z = []
+        for seed in range(6):
+            chain = generator_of([[0.0, rate], [rate, 0.0]])
+            tracks, states = looked_at(chain, 100, 40, frame_s, 1.0, np.random.default_rng(seed))
+            found = transitions(tracks, states, frame_s)
+            z.append((found.rate[0, 1] - rate) / found.sigma[0, 1])
+            # two frames share exp(-2) of a correlation at 1 a frame, known to 0.016: the rate to 6 %
+            assert (found.sigma[0, 1] < 0.2 * rate) if known else (found.sigma[0, 1] > found.rate[0, 1])
+            assert found.occupation[0] == pytest.approx(0.5, abs=0.05)
+        assert np.abs(z).max() < 3.5
+
+
 def test_a_change_that_was_never_seen_has_an_upper_limit():
     track = np.repeat(np.arange(20), 10)
     states = np.repeat(np.where(np.arange(20) < 10, "full", "empty"), 10)
@@ -202,6 +217,11 @@ def test_what_cannot_be_is_refused():
         link([])
     with pytest.raises(InputError, match="shape"):
         link([still, still], np.zeros((3, 2)))
+    for bad in (columns(np.vstack([grid(), [[np.nan, 3.0]]])), columns(grid(), np.nan)):
+        with pytest.raises(InputError, match="frame 1 are not finite"):
+            link([still, bad])
+    with pytest.raises(InputError, match="above 0"):
+        link([still, still], longest_step_px=float("nan"))
     tracks = link([still, still], np.zeros((2, 2)))
     with pytest.raises(InputError, match="two states"):
         transitions(tracks, np.zeros(len(tracks.track)), 1.0)

@@ -9,7 +9,7 @@ from scipy.spatial import cKDTree
 from describe.lattice_cases import answered, ideal_columns, real, seen
 from stemloop.core.errors import InputError
 from stemloop.core.structure import Columns
-from stemloop.describe.lattices import assign
+from stemloop.describe.lattices import _filled, assign
 from stemloop.simulate import pictures
 
 SHAPE = (384, 384)
@@ -416,3 +416,29 @@ def test_molybdenum_disulphide(number, spacing):
     assert len(answer.grains) == 1
     area = abs(np.linalg.det(answer.grains[0].vectors))
     assert np.sqrt(area * np.sqrt(0.75)) == pytest.approx(spacing, abs=0.4)
+
+
+def jumping_lines(name, size, rotation, seed):
+    """Ideal columns of an image whose scan lines are displaced along themselves by 0.6 px (white)."""
+    layout = pictures.layout(name, (size, size), 15.0, rotation)
+    columns = ideal_columns(layout, seed=seed)
+    jump = np.random.default_rng(seed).normal(0, 0.6, size + 400)[np.rint(layout.position[:, 0]).astype(int) + 100]
+    return replace(columns, position=columns.position + np.column_stack([0 * jump, jump]))
+
+
+@pytest.mark.parametrize(
+    ("name", "rotation", "sites"),
+    [("SrTiO3[110]", 0.0, 2), ("Au[001]", 0.78, 1), ("PbTiO3[100]", 0.0, 2), ("WSe2", 0.0, 2), ("Si[110]", 0.0, 2)],
+)
+def test_scan_lines_that_jump_make_no_larger_cell(name, rotation, sites):
+    for seed in (0, 1):
+        columns = jumping_lines(name, 500, rotation, seed)
+        answer = assign(columns, (500, 500))
+        assert [len(grain.basis) for grain in answer.grains] == [sites]
+        assert (answer.grain == 0).mean() > 0.95
+
+
+def test_a_local_fit_to_a_single_row_of_columns_is_not_taken():
+    walked = np.array([[[0.0, 20.0], [20.0, 0.0]]] * 3)
+    fitted = np.array([[[0.0, 20.2], [0.0, 0.0]], [[0.1, 20.2], [20.1, 0.0]], np.full((2, 2), np.nan)])
+    np.testing.assert_array_equal(_filled(fitted, walked), [walked[0], fitted[1], walked[2]])

@@ -96,6 +96,20 @@ def test_deviations_are_those_of_the_errors(plane, dose):
     assert (spread < 1.1).all()
 
 
+@pytest.mark.parametrize("unknown", [np.nan, np.inf])
+def test_a_column_without_a_deviation_does_not_spoil_its_neighbours(unknown):
+    truth = layout("SrTiO3[001]", (200, 200), 15.0, 0.1)
+    known = columns_of(truth)
+    known = replace(known, sigma=np.full((len(known), 2), 0.1))
+    sigma = known.sigma.copy()
+    sigma[len(known) // 2] = unknown
+    answer = assignment_of(truth)
+    one, other = strain_of(known, answer), strain_of(replace(known, sigma=sigma), answer)
+    seen = np.isfinite(one.e_xx)
+    assert np.isfinite(other.values[seen]).all() and np.isfinite(other.sigma[seen]).all()
+    assert np.median(other.sigma[seen] / one.sigma[seen]) == pytest.approx(1, abs=0.01)
+
+
 def test_a_displaced_sublattice_is_no_strain():
     plain = layout("PbTiO3[100]", SHAPE, 15)
     moved = replace(plain, position=plain.position + np.where(plain.site[:, None] == 1, [2.0, -1.0], 0.0))

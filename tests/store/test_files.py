@@ -454,3 +454,20 @@ def test_a_full_disk_is_a_storage_error_and_this_process_lives(tmp_path):
         assert os.listdir(folder) == []
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_packer_that_is_wrong_seals_nothing(tmp_path):
+    from stemloop.campaign import keeping
+    from stemloop.core.chunk import deflate
+    from stemloop.stream import LandingLog, cut
+    from stemloop.stream.dense import DenseBlock
+
+    frames = np.random.default_rng(0).poisson(0.01, (64, 128, 128)).astype("<u2")
+    with LandingLog(tmp_path / "frames.log", "run") as log:
+        log.append_many([cut.encoded(DenseBlock(frames), "4d", 0, "gaps")])
+    known = files.known({"id": "run"}, None, None, None, profile="portable")
+    with LandingLog(tmp_path / "frames.log", readonly=True) as log:
+        made = sealing.write(str(tmp_path / "good.h5"), log, known, keeping.decode, keeping.pack)
+        assert made["4d"]["frames"] == 64
+        with pytest.raises(IntegrityError, match="packed wrongly"):
+            sealing.write(str(tmp_path / "bad.h5"), log, known, keeping.decode, lambda block, rows: deflate(frames + 1))

@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 
 from stemloop.core.errors import InputError, IntegrityError, StorageError, UnreadableFile
 from stemloop.store import neighbours
+from stemloop.store.entries import row_of
 from stemloop.store.library import Element, Library, same, sha256_of
 
 DIMENSION = 48
@@ -110,6 +112,21 @@ def test_a_search_finds_what_comparing_everything_finds(tmp_path, rng):
         # what comes later is searched, too
         library.add([Element(queries[0].astype(np.float32), "vacancy", (1.0, 1.0))], "dd", "dd" * 32)
         assert library.search(queries[0], 1)[0].entry.kind == "vacancy"
+
+
+def test_another_image_is_found_behind_the_many_frames_of_the_own(rng):
+    # a stack fills the cells about its own surroundings; what is asked for is the one sighting elsewhere
+    own = rng.normal(size=(40_000, DIMENSION))
+    elsewhere = np.concatenate([rng.normal(size=(50, DIMENSION)), 30 + rng.normal(size=(3000, DIMENSION))])
+    vectors = np.concatenate([own, elsewhere]).astype(np.float32)
+    source = np.repeat([1, 2], [len(own), len(elsewhere)]).astype(np.int32)
+    index = neighbours.build(np.arange(len(vectors)), source, vectors)
+    assert len(index.centre) > 2 * neighbours.PROBES
+    hits = 0
+    for query in vectors[:40]:
+        best = len(own) + np.argmin(((elsewhere - query) ** 2).sum(axis=1))
+        hits += index.search(query, 1, without=1)[0][0] == best
+    assert hits == 40
 
 
 def test_the_index_is_checked_and_made_again(tmp_path, rng, monkeypatch):
@@ -235,7 +252,7 @@ def test_a_reader_opens_while_a_writer_is_in_the_middle(tmp_path, rng):
     with Library(path) as writer:
         writer.add(elements(rng, 5), "a", SHA)
         with writer._writing():
-            writer._insert([writer._row(e, "bb" * 32) for e in elements(rng, 5)], "b", "bb" * 32)
+            writer._insert([row_of(e, "bb" * 32, DIMENSION) for e in elements(rng, 5)], "b", "bb" * 32)
             begun = time.monotonic()
             with Library(path) as reader:
                 assert len(reader) == 5  # what is not finished is not seen
@@ -295,3 +312,159 @@ def test_fingerprints_of_the_describing_room_fit(tmp_path):
     Library(path).close()  # what is taken if nothing is said is this version
     with pytest.raises(InputError, match="version 1"):
         Library(path, version=VERSION + 1)
+
+
+def test_what_cannot_be_kept_is_refused_and_not_forgotten(tmp_path, rng):
+    vector = elements(rng, 1)[0].vector
+    nan = float("nan")
+    with Library(tmp_path / "seen.library") as library:
+        for bad in (
+            Element(vector, "column", (nan, 1.0)),
+            Element(vector, "column", (1.0, 1.0), p=nan),
+            Element(vector, "column", (1.0, 1.0), scatter=nan),
+            Element(vector, "column", (1.0, 1.0), scatter=-1.0),
+            Element(vector, "column", (1.0, 1.0), pixel_size_m=nan),
+            Element(vector, "column", (1.0, 1.0), frame=2**70),
+            Element(vector, "column", (1.0, 1.0), detail={"z": np.float32(1)}),
+            Element(vector, "column", (1.0, 1.0), patch=np.zeros((0, 4))),
+            Element(vector, "no \udcff text", (1.0, 1.0)),
+        ):
+            with pytest.raises(InputError):
+                library.add([bad], "a", SHA)
+        assert library.about()["sources"] == 0
+        # SQLite keeps -0.0 as 0.0
+        assert library.add([Element(vector, "column", (-0.0, 1.0))], "na\udcffme", SHA) == library.verify() == 1
+
+
+def test_the_scatter_of_a_noiseless_image_may_be_zero(tmp_path, rng):
+    one, other = elements(rng, 2, scatter=0.0)
+    one.vector[0] = 1
+    with Library(tmp_path / "seen.library") as library:
+        library.add([one], "a", SHA)
+        assert library.search(one.vector, 1, scatter=0.0)[0].p_same == 1
+        assert library.search(one.vector, 10**15, scatter=0.0)[0].p_same == 1  # and no more than there are
+        assert library.search(other.vector, 1, scatter=1.0)[0].p_same > 0
+        assert library.search(one.vector + 1, 1, scatter=0.0)[0].p_same == 0
+        with pytest.raises(InputError, match="whole number"):
+            library.search(one.vector, 2.5)
+
+
+def test_versions_are_not_mixed(tmp_path, rng):
+    with Library(tmp_path / "1") as one, Library(tmp_path / "2", version=2) as two, pytest.raises(InputError):
+        two.add(elements(rng, 3), "a", SHA)
+        one.merge(two)
+    with Library(tmp_path / "2b", version=2) as two:
+        assert two.merge(tmp_path / "2") == 3
+
+
+def test_an_older_file_put_back_is_not_searched_with_a_newer_index(tmp_path, rng, monkeypatch):
+    monkeypatch.setattr("stemloop.store.library._LOOSE", 5)
+    path = tmp_path / "seen.library"
+    with Library(path) as library:
+        library.add(elements(rng, 10), "a", SHA)
+    older = path.read_bytes()
+    later, others = elements(rng, 10), elements(rng, 10)
+    with Library(path) as library:
+        library.add(later, "b", "bb" * 32)
+        assert library.search(later[0].vector, 1)[0].distance == 0
+        assert library.index_path.exists()
+    path.write_bytes(older)
+    with Library(path) as library:
+        assert library.search(later[0].vector, 1)[0].distance > 1
+        library.add(others, "c", "cc" * 32)
+    with Library(path) as library:
+        assert library.search(later[0].vector, 1)[0].distance > 1
+        assert library.search(others[3].vector, 1)[0].entry.place == others[3].place
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("start", lambda a: a + 10**12),
+        ("start", lambda a: a[::-1]),
+        ("vectors", lambda a: a[:, :7]),
+        ("source", lambda a: a[:5]),
+        ("entry", lambda a: a.astype(np.float64)),
+        ("centre", lambda a: a[:0]),
+    ],
+)
+def test_an_index_that_was_made_up_is_not_followed(tmp_path, rng, name, change):
+    vectors = rng.normal(size=(100, DIMENSION)).astype(np.float32)
+    index = neighbours.build(np.arange(1, 101), np.zeros(100, np.int32), vectors)
+    neighbours.save(index, tmp_path / "index", "name")
+    assert len(neighbours.load(tmp_path / "index", "name")) == 100
+    forged = neighbours.Index(**{**vars(index), name: change(getattr(index, name))})
+    neighbours.save(forged, tmp_path / "index", "name")
+    assert neighbours.load(tmp_path / "index", "name") is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "DELETE FROM about WHERE name = 'dimension'",
+        "DELETE FROM about WHERE name = 'version'",
+        "UPDATE about SET value = 'many' WHERE name = 'dimension'",
+        "UPDATE about SET value = '1000000000000' WHERE name = 'dimension'",
+        "CREATE TRIGGER t AFTER INSERT ON entries BEGIN DELETE FROM entries; END",
+        "CREATE VIEW v AS SELECT 1",
+    ],
+)
+def test_the_library_of_a_stranger_is_refused(tmp_path, rng, words):
+    with Library(tmp_path / "theirs") as library:
+        library.add(elements(rng, 3), "a", SHA)
+    with sqlite3.connect(tmp_path / "theirs") as base:
+        base.execute(words)
+    with pytest.raises(UnreadableFile):
+        Library(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "vector = x'00000000'",
+        "vector = 'words'",
+        "vector = CAST(zeroblob(188) || x'0000c07f' AS BLOB)",
+        "detail = '{'",
+        "detail = '[1]'",
+        "y = 'abc'",
+        "scatter = 'x'",
+        "scatter = 9e999",
+        "kind = CAST(x'ff' AS TEXT)",
+        "frame = x'00'",
+        "digest = x'00'",
+        "p = 0.5",
+    ],
+)
+def test_entries_of_a_stranger_are_looked_at_before_they_are_kept(tmp_path, rng, words):
+    some = elements(rng, 4, patch=np.eye(4))
+    with Library(tmp_path / "theirs") as library:
+        library.add(some, "a", SHA)
+    with sqlite3.connect(tmp_path / "theirs") as base:
+        base.execute(f"UPDATE entries SET {words} WHERE id = 2")
+    with Library(tmp_path / "theirs") as theirs, Library(tmp_path / "ours") as ours:
+        for answer in (lambda: theirs.search(some[1].vector, 4), lambda: (theirs.vector(2), theirs.patch(2))):
+            try:
+                answer()
+            except IntegrityError:
+                pass  # nothing else
+        with pytest.raises(IntegrityError):
+            theirs.verify()
+        if "CAST(x'ff'" in words:
+            with pytest.raises(IntegrityError):
+                ours.merge(theirs)
+            return
+        with pytest.raises(IntegrityError, match=r"1 entries .* left out.*3 new"):
+            ours.merge(theirs)
+        assert ours.verify() == 3 and len(ours.search(some[0].vector, 9)) == 3
+
+
+def test_threads_share_a_library(tmp_path, rng):
+    parts = [elements(rng, 20) for _ in range(16)]
+    with Library(tmp_path / "seen.library") as library, ThreadPoolExecutor(4) as pool:
+
+        def work(k):
+            new = library.add(parts[k], "f", f"{k:064x}")
+            return new, library.search(parts[k][3].vector, 1)[0].distance
+
+        assert list(pool.map(work, range(16))) == [(20, 0.0)] * 16
+        assert library.verify() == 320

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from stemloop.core.chunk import deflate, inflate
-from stemloop.stream.deflated import deflated
+from stemloop.core.errors import InputError
+from stemloop.stream.deflated import _code, deflated
 from stemloop.stream.events import EventBlock
 
 
@@ -64,3 +65,27 @@ def test_dense_frames_and_too_large_counts_are_left_to_others():
     large = np.zeros((1, 64, 64), np.uint32)
     large[0, 3, 4] = 70000
     assert deflated(EventBlock.from_dense(large), "<u2") is None
+
+
+def test_runs_of_two_zeros_among_many_counts_come_back():
+    # where zeros are the rarest of all bytes, three of their codes must still be written at once (32 bits)
+    weight = np.zeros(286, np.int64)
+    weight[1:256], weight[0], weight[256], weight[285] = 3000, 1, 1, 900
+    assert 3 * _code(weight)[0] <= 32
+    rng = np.random.default_rng(0)
+    frames = np.zeros((1, 1000, 1000), np.uint16)
+    for first in range(1000, 1024):
+        frames.reshape(-1)[:99_000] = rng.integers(1, 256, 99_000)
+        frames.reshape(-1)[first : first + 3] = 0
+        assert np.array_equal(unpacked(frames), frames)
+
+
+def test_frames_whose_bytes_are_turned_round_are_left_to_others():
+    frames = np.random.default_rng(2).poisson(0.01, (4, 64, 64)).astype(np.uint16)
+    assert deflated(EventBlock.from_dense(frames), ">u2") is None
+    assert deflated(EventBlock.from_dense(frames), "u1") is not None
+
+
+def test_more_frames_than_rows_are_refused():
+    with pytest.raises(InputError, match="do not fit"):
+        deflated(EventBlock.from_dense(np.zeros((3, 8, 8), np.uint16)), "<u2", 2)

@@ -6,6 +6,7 @@ import base64
 import html
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,6 +38,11 @@ from stemloop.stream.events import EventBlock
 FOLDS = ("patterns", "bf", "abf", "adf", "haadf", "segments", "com", "dpc", "idpc", "radial", "strain", "ssb")
 #: Quadrants of the bright disk.
 SEGMENTS = ("segment_right", "segment_down", "segment_left", "segment_up")
+#: Maps that a detector of the user cannot be called.
+RESERVED = {*FOLDS, *SEGMENTS, "counts"}
+_NAME = re.compile(
+    r"(?!.*_(sigma|pattern)$)(?!(com|dpc|idpc|ssb|e)_|radial|rotation|disks|misfit)[A-Za-z][\w-]{0,63}", re.A
+)
 #: What is made when nothing is named.
 USUAL = ("patterns", "bf", "abf", "adf", "haadf", "com", "dpc")
 #: Dense bytes of a block.
@@ -200,12 +206,15 @@ def _whole(scan: Scan) -> Scan:
     """The scan with its quantum: 1 where all values are whole and not negative."""
     if scan.data.dtype.kind in "bu":
         return scan
-    top, bottom, whole = 0.0, 0.0, True
+    top, bottom, whole, none = 0.0, 0.0, True, 0
     for _, frames in scan.frames():
+        none += int(np.count_nonzero(~np.isfinite(frames)))
         part = np.nan_to_num(frames.astype(np.float64), posinf=0, neginf=0)
         top, bottom = max(top, float(part.max())), min(bottom, float(part.min()))
         whole = whole and bool(np.all(part == np.rint(part)))
     notes = []
+    if none:
+        notes.append(f"{none} values are not finite and were taken as zero")
     if bottom < 0:
         notes.append(f"values below zero (down to {bottom:g}) were taken as zero")
     if whole and top < 2**32:
@@ -334,8 +343,12 @@ def _detectors(
     """The user's own detectors, which must not take a name that is given."""
     if rings and angle_unit == "px":
         raise InputError("rings in mrad need a calibrated detector: give --pixel-mrad or --semiangle-mrad.")
-    if taken := sorted((set(rings) | set(masks)) & {*FOLDS, *SEGMENTS, "counts"} | set(rings) & set(masks)):
-        raise InputError(f"a detector cannot be called {taken[0]!r}; take another name.")
+    names = [*rings, *masks]
+    taken = [name for name in names if names.count(name) > 1 or not _NAME.fullmatch(name) or name in RESERVED]
+    if taken:
+        raise InputError(
+            f"a detector cannot be called {taken[0]!r}: letters, digits, '_' and '-' that name no other map."
+        )
     return {name: ring(camera, *angles) for name, angles in rings.items()} | dict(masks)
 
 

@@ -43,36 +43,52 @@ def _place(words: str) -> tuple[float, float]:
 
 
 def _add(words: argparse.Namespace) -> int:
-    from stemloop.campaign.images.elements import elements_of, images_of
     from stemloop.core.errors import StemloopError
     from stemloop.describe.fingerprints import VERSION
-    from stemloop.store.library import Library, sha256_of
+    from stemloop.store.library import Library
 
     failed = 0
     with Library(words.library, version=VERSION) as library:
         for path in words.files:
             try:
-                new = sum(
-                    library.add(elements_of(image, frame, pixel_m), path.name, sha256_of(path))
-                    for frame, (image, pixel_m) in enumerate(images_of(path))
-                )
+                new, bad = _keep(library, path)
                 print(f"{path}: {new} new of {len(library)}")
+                for error in bad:
+                    failed = error.exit_code
+                    print(f"stemloop: {path}: {error}", file=sys.stderr)
             except StemloopError as error:  # one bad file does not end the others
                 failed = error.exit_code
                 print(f"stemloop: {path}: {error}", file=sys.stderr)
     return failed
 
 
+def _keep(library: Any, path: Path) -> tuple[int, list[Any]]:
+    """How many elements of a file were new, and what was wrong with those of its frames that could not be read."""
+    from stemloop.campaign.images.elements import elements_of, images_of
+    from stemloop.core.errors import InputError
+    from stemloop.store.library import sha256_of
+
+    sha256, new, bad = sha256_of(path), 0, []
+    for frame, (image, pixel_m) in enumerate(images_of(path)):
+        try:
+            found = elements_of(image, frame, pixel_m)
+        except InputError as error:  # one bad frame does not end the others
+            bad.append(InputError(f"frame {frame}: {error}"))
+        else:
+            new += library.add(found, path.name, sha256)
+    return new, bad
+
+
 def _search(words: argparse.Namespace) -> int:
     from stemloop.campaign.images.elements import element_at, images_of
     from stemloop.store.library import sha256_of
 
-    library = _known(words.library)
-    image, _ = next(images_of(words.file))
-    element = element_at(image, words.at)
-    sightings = library.seen(
-        element.vector, scatter=element.scatter, least_p=words.least_p, without_source=sha256_of(words.file)
-    )
+    with _known(words.library) as library:
+        image, _ = next(images_of(words.file))
+        element = element_at(image, words.at)
+        sightings = library.seen(
+            element.vector, scatter=element.scatter, least_p=words.least_p, without_source=sha256_of(words.file)
+        )
     if words.json:
         print(json.dumps([_facts(sighting) for sighting in sightings], indent=1))
         return 0
@@ -122,7 +138,7 @@ def _merge(words: argparse.Namespace) -> int:
 
 
 def _info(words: argparse.Namespace) -> int:
-    library = _known(words.library)
-    library.verify()
-    print(json.dumps(library.about(), indent=1))
+    with _known(words.library) as library:
+        library.verify()
+        print(json.dumps(library.about(), indent=1))
     return 0

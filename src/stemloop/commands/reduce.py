@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def _reduce(words: argparse.Namespace) -> int:
         return None if value is None else value * factor
 
     console = Console(stderr=True)
-    rings, masks = dict(map(_ring, words.ring)), dict(map(_mask, words.mask))
+    rings, masks = _each_once(map(_ring, words.ring)), _each_once(map(_mask, words.mask))
     known = {
         "pixel_rad": times(words.pixel_mrad, 1e-3),
         "semiangle_rad": times(words.semiangle_mrad, 1e-3),
@@ -82,6 +83,15 @@ def _reduce(words: argparse.Namespace) -> int:
     print(f"maps    {', '.join(reduced.maps)}")
     print(f"report  {report.resolve()}")
     return 0
+
+
+def _each_once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, what in pairs:
+        if name in found:
+            raise InputError(f"two detectors are called {name!r}; take another name.")
+        found[name] = what
+    return found
 
 
 def _ring(text: str) -> tuple[str, tuple[float, float]]:

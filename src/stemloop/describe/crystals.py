@@ -17,9 +17,10 @@ Zones = dict[str, tuple[int, int, int]]
 # GaN: I. Vurgaftman and J. R. Meyer, J. Appl. Phys. 94 (2003) 3675, doi:10.1063/1.1600519.
 # Rutile: J. K. Burdett et al., J. Am. Chem. Soc. 109 (1987) 3639, doi:10.1021/ja00246a021.
 # Perovskites, graphene, hBN: as usually quoted, cubic or pseudo-cubic means but for PbTiO3 and BaTiO3; good to 0.3 %.
+# LaMnO3 is the one with excess oxygen, as films have it (stoichiometric bulk: 3.94).
 _PEROVSKITES = {
     "SrTiO3": (3.905, 3.905), "LaCoO3": (3.825, 3.825), "LaAlO3": (3.790, 3.790), "SrRuO3": (3.930, 3.930),
-    "LaMnO3": (3.880, 3.880), "BiFeO3": (3.960, 3.960), "PbTiO3": (3.904, 4.152), "BaTiO3": (3.994, 4.036),
+    "LaMnO3": (3.880, 3.880), "BiFeO3": (3.960, 3.960), "PbTiO3": (3.904, 4.152), "BaTiO3": (3.994, 4.038),
 }  # fmt: skip
 _CATIONS = {
     "SrTiO3": ("Sr", "Ti"), "LaCoO3": ("La", "Co"), "LaAlO3": ("La", "Al"), "SrRuO3": ("Sr", "Ru"),

@@ -22,6 +22,12 @@ Integers = NDArray[np.int64]
 #: A model must be this much better by the criterion, and its cosets must differ by at least this in the logarithm of
 #: the brightness or, in distances of nearest neighbours, in position: less is no other site.
 _BETTER, _BRIGHTER, _APART = 20.0, 0.04, 0.04
+#: Places must become sharper by this much (twice the logarithm of the ratio of the spreads): errors of scan lines that
+#: happen to repeat make 0.1 of it, sites of their own more than 0.7.
+_SHARPER = 0.3
+#: In one of nine neighbourhoods alone it must be this much better: errors of the scan and of the specimen's brightness
+#: are not independent from column to column, and made up to 60 there.
+_BETTER_THERE = 100.0
 #: ... and by this many deviations of single columns: a faint ripple over a few rows is no lattice.
 _CLEAR = 0.7
 _MOST_SITES = 16
@@ -129,9 +135,9 @@ def decorated(
     values = np.column_stack([bright, off / nearest])
     parts = [np.arange(len(position)), *_patches(position)]
     forms = [form for form in sublattices() if _extent(cells, form) >= repeats]
-    for some in (parts[:1], parts[1:]):
+    for some, least in ((parts[:1], _BETTER), (parts[1:], _BETTER_THERE)):
         gains = [max((_useful(cells, values, form, part)[0] for part in some), default=0.0) for form in forms]
-        if gains and max(gains) > _BETTER:
+        if gains and max(gains) > least:
             form = forms[int(np.argmax(gains))]
             break
     else:
@@ -158,7 +164,7 @@ def _useful(cells: Cells, values: Floats, form: Integers, part: Integers) -> tup
     m = int(form[0, 0] * form[1, 1])
     group = cells.site[part] * m + coset(cells.cell[part], form)
     gain, apart = _gain(values[part], cells.site[part], group, len(cells.basis), m)
-    useful = (gain > 0) & (apart > np.array([_BRIGHTER, _APART, _APART]))
+    useful = (gain > len(part) * np.array([0.0, _SHARPER, _SHARPER])) & (apart > np.array([_BRIGHTER, _APART, _APART]))
     return float(gain[useful].sum()), useful
 
 

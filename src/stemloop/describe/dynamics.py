@@ -29,6 +29,8 @@ Integers = NDArray[np.int64]
 _JUMPS = 1e-3
 #: A move this improbable (chi-square of two coordinates) is more than a small step.
 _STRANGE = 1e-4
+#: The fastest rate that is thought of, in changes a frame.
+_FASTEST = 50.0
 
 
 @dataclass(frozen=True)
@@ -133,12 +135,17 @@ def link(
 
     Raises
     ------
-    InputError : no frames, or shifts of another number.
+    InputError : no frames, shifts of another number, or columns with NaN.
     """
     if len(frames) == 0:
         raise InputError("no frames were given: columns are linked over at least one.")
-    if gap < 0 or (longest_step_px is not None and longest_step_px <= 0):
-        raise InputError(f"gap is 0 or more and longest_step_px above 0; got {gap} and {longest_step_px}.")
+    if gap < 0 or any(limit is not None and not limit > 0 for limit in (longest_step_px, step_px)):
+        raise InputError(
+            f"gap is 0 or more, longest_step_px and step_px are above 0; got {gap}, {longest_step_px} and {step_px}."
+        )
+    for k, columns in enumerate(frames):
+        if not (np.isfinite(columns.position).all() and np.isfinite(columns.sigma).all()):
+            raise InputError(f"places or deviations of frame {k} are not finite: leave those columns out.")
     reach = longest_step_px or 0.45 * _spacing(frames)
     moved = _shifts(frames, reach) if shift is None else _checked_shift(shift, len(frames))
     place = [f.position - s for f, s in zip(frames, moved, strict=True)]
@@ -359,7 +366,8 @@ class Rates:
     rate, sigma : (k, k) [1/s] from the row's state to the column's and its 1-sigma deviation; zeros on the diagonal.
     count : (k, k) how often the one state was seen and, the next time, the other. time_s : (k,) time that sites were
     seen to be in each state, each interval given to the state at its beginning. occupation : (k,) share of time in each
-    state in the long run. An unseen transition has the rate its time allows, with a deviation larger than it.
+    state in the long run. An unseen transition has the rate its time allows, with a deviation larger than it; so have
+    changes much faster than the frames, of which one sees only that they are.
     """
 
     states: tuple[Any, ...]
@@ -425,16 +433,32 @@ def _likeliest(counts: Integers, frame_time_s: float, time_s: Floats) -> tuple[F
         seen = sum(float((counts[g] * np.log(p)).sum()) for g, p in zip(lags, chance, strict=True))
         return -seen - 0.5 * float(log_rate.sum())
 
+    least, most = np.log(1e-3 / max(time_s.sum(), frame_time_s)), np.log(_FASTEST / frame_time_s)
     start = np.log(((counts.sum(axis=0) + 0.5) / np.maximum(time_s, frame_time_s)[:, None])[off])
-    most = np.log(50 / frame_time_s)
-    bounds = [(np.log(1e-3 / max(time_s.sum(), frame_time_s)), most)] * len(start)
-    best = optimize.minimize(cost, np.minimum(start, most - 1), method="L-BFGS-B", bounds=bounds).x
-    curvature = _hessian(cost, best)
-    spread = np.sqrt(np.maximum(np.diag(np.linalg.pinv(curvature, hermitian=True)), 0))
+    best = _lowest(cost, np.clip(start, least, most - 1), least, most)
+    # the logarithms are nowhere but between the bounds: what the counts do not tell is as wide as those are apart
+    size, axes = np.linalg.eigh(_hessian(cost, best))
+    spread = np.sqrt((axes**2) @ (1 / (np.maximum(size, 0) + 12 / (most - least) ** 2)))
+    beyond = most - best.max()
+    if cost(best + beyond) < cost(best) + 2:  # all might as well be as fast as can be: that is not two deviations off
+        spread = np.maximum(spread, beyond)
     rate, sigma = np.zeros((k, k)), np.zeros((k, k))
     rate[off] = np.exp(best)
     sigma[off] = rate[off] * spread
     return rate, sigma
+
+
+def _lowest(cost: Any, start: Floats, least: float, most: float, step: float = 0.5) -> Floats:
+    """The minimum next to ``start``, in boxes of ``step``: above the rates that frames can tell all are alike, and a
+    search that strides there does not come back."""
+    at = start
+    for _ in range(100):
+        box = [(max(x - step, least), min(x + step, most)) for x in at]
+        found = optimize.minimize(cost, at, method="L-BFGS-B", bounds=box).x
+        moved, at = np.abs(found - at).max(), found
+        if moved < 0.99 * step:
+            break
+    return at
 
 
 def _hessian(cost: Any, at: Floats, step: float = 0.02) -> Floats:

@@ -59,6 +59,10 @@ class Whitening(NamedTuple):
 DIMENSION, VERSION = 48, 1
 
 
+#: Places are worked on so many at a time.
+_AT_ONCE = 4096
+
+
 def fingerprints(
     image: NDArray[Any],
     columns: Columns,
@@ -80,7 +84,8 @@ def fingerprints(
 
     Returns
     -------
-    (n, 48) float32, in deviations of what they were learned from; rows are NaN where the disc leaves the image.
+    (n, 48) float32, in deviations of what they were learned from; rows are NaN where the disc leaves the image or
+    comes too near to its border.
 
     Raises
     ------
@@ -167,17 +172,21 @@ def invariants(
 
 def invariants_at(pixels: Floats, middles: Floats, unit: float, width: float) -> Floats:
     """As :func:`invariants`, for columns ``unit`` [px] apart and of ``width`` [px]."""
-    inside = _inside(middles, pixels.shape, REACH * unit)
+    blur = np.sqrt(max((_BLUR * unit) ** 2 - width**2, (_LEAST_BLUR * unit) ** 2))
+    # what is blurred into the outermost ring must be of the image, too
+    inside = np.flatnonzero(_inside(middles, pixels.shape, max(REACH * unit, _RADII[-1] * unit + 2.5 * blur)))
     out = np.full((len(middles), size()), np.nan)
-    if inside.any():
-        blur = np.sqrt(max((_BLUR * unit) ** 2 - width**2, (_LEAST_BLUR * unit) ** 2))
+    if len(inside):
         soft = ndimage.gaussian_filter(pixels, blur, mode="nearest")
         angle = 2 * np.pi * np.arange(_ANGLES) / _ANGLES
         around = np.stack([np.sin(angle), np.cos(angle)], axis=1)
         rings = unit * _RADII[:, None, None] * around
-        on_rings = sample(ndimage.spline_filter(soft, 3), np.ascontiguousarray(middles[inside]), rings.reshape(-1, 2))
-        series = np.fft.rfft(on_rings.reshape(-1, _RINGS, _ANGLES), axis=2)[..., : _MOST + 1] / _ANGLES
-        out[inside] = _invariants(series)
+        spline = ndimage.spline_filter(soft, 3)
+        for first in range(0, len(inside), _AT_ONCE):
+            some = inside[first : first + _AT_ONCE]
+            on_rings = sample(spline, np.ascontiguousarray(middles[some]), rings.reshape(-1, 2))
+            series = np.fft.rfft(on_rings.reshape(-1, _RINGS, _ANGLES), axis=2)[..., : _MOST + 1] / _ANGLES
+            out[some] = _invariants(series)
     return out
 
 
@@ -189,8 +198,10 @@ def patches(image: NDArray[Any], places: NDArray[Any], unit: float, size_px: int
     soft = ndimage.gaussian_filter(pixels, 0.4 * step, mode="nearest") if step > 1.2 else pixels
     line = (np.arange(size_px) - (size_px - 1) / 2) * step
     grid = np.stack(np.meshgrid(line, line, indexing="ij"), axis=-1).reshape(-1, 2)
-    seen = sample(ndimage.spline_filter(soft, 3), np.ascontiguousarray(middles), grid)
-    return seen.reshape(-1, size_px, size_px).astype(np.float32)
+    spline, seen = ndimage.spline_filter(soft, 3), np.empty((len(middles), len(grid)), np.float32)
+    for first in range(0, len(middles), _AT_ONCE):
+        seen[first : first + _AT_ONCE] = sample(spline, np.ascontiguousarray(middles[first : first + _AT_ONCE]), grid)
+    return seen.reshape(-1, size_px, size_px)
 
 
 def scatter(vectors: NDArray[Any], group: NDArray[Any]) -> float:

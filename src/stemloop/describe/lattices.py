@@ -41,6 +41,10 @@ _FREEDOM = 4.0
 _RARE = 0.06
 #: A place that fewer of the cells hold is none of the lattice's.
 _SPARSE = 0.1
+#: Columns whose rows differ by less than this part of the distance of neighbours are on one scan line.
+_LINE = 0.2
+#: A local cell of less than this part of the area that the walk gave it is none.
+_FLATTEST = 0.3
 
 
 class _Field(NamedTuple):
@@ -294,7 +298,8 @@ def _described(field: _Field, grown: _Grown, index: Integers, vacant: Floats) ->
     position = field.position[index]
     variance = np.maximum(field.variance[index].mean(axis=1), (1e-3 * nearest) ** 2)
     off = position - _predicted(position, variance, cells)
-    cells, domain = decorated(cells, position, bright, np.where(np.isfinite(off), off, 0.0), nearest)
+    off = _without_scan(np.where(np.isfinite(off), off, 0.0), position[:, 0], nearest)
+    cells, domain = decorated(cells, position, bright, off, nearest)
     parts = [np.flatnonzero(domain == d) for d in np.unique(domain)]
     return [
         _member(field, index[part], cells.take(part), bright[part], variance[part], nearest, vacant)
@@ -322,8 +327,24 @@ def _member(
     return _Member(index, cells, grain, p_site, ideal, position - ideal, sigma, rim, places, kinds)
 
 
+def _without_scan(off: Floats, row: Floats, nearest: float) -> Floats:
+    """``off`` (n, 2) less its mean along each scan line, ``row`` (n,) being the columns' rows.
+
+    A line that is scanned too far to one side moves all its columns alike: dozens of them, but one error. A place of
+    the cell by itself must show among the columns of one line.
+    """
+    order = np.argsort(row, kind="stable")
+    sums = np.concatenate([np.zeros((1, 2)), np.cumsum(np.clip(off[order], -0.3 * nearest, 0.3 * nearest), axis=0)])
+    low, high = (np.searchsorted(row[order], row + side * _LINE * nearest) for side in (-1, 1))
+    return np.asarray(off - (sums[high] - sums[low]) / np.maximum(high - low, 1)[:, None])
+
+
 def _filled(frame: Floats, otherwise: Floats) -> Floats:
-    there: Bools = np.asarray(np.isfinite(frame).all(axis=(1, 2)))
+    """``frame`` (n, 2, 2) where it is known and spans the plane (a single row of columns does not)."""
+    area = np.abs(np.linalg.det(otherwise))
+    finite: Bools = np.asarray(np.isfinite(frame).all(axis=(1, 2)))
+    known = np.where(finite[:, None, None], frame, 0.0)
+    there: Bools = np.asarray(np.abs(np.linalg.det(known)) > _FLATTEST * area)
     return np.where(there[:, None, None], frame, otherwise)
 
 

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +25,11 @@ _STATED, _FARTHEST = 0.04, 0.4
 #: Scan distortion: usual ones are of the first size, hardly any much larger than the second, and no scale is better
 #: than the third.
 _DISTORTION, _WORST, _LEAST = 0.02, 0.05, 0.01
-#: Deviations from which on a size disagrees; a deviation above _BLUNT tells nothing; _AGREEING is the least probability
-#: of those that agree.
-_SIGNIFICANT, _BLUNT, _AGREEING = 3.0, 0.03, 0.1
+#: Deviations from which on a size disagrees; a deviation above _BLUNT tells nothing; candidates with this part of the
+#: probability must give one verdict.
+_SIGNIFICANT, _BLUNT, _SURE = 3.0, 0.03, 0.9
+#: A message names candidates from this probability, and so many for each verdict.
+_LIKELY, _TOLD = 0.01, 4
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,13 @@ class Match:
 class Calibration:
     """What the lattice says of the size of a pixel.
 
-    pixel_size_m, sigma_m : the size [m] that the best candidate asks for and its 1-sigma deviation (of the lattice and
-        of the scan, as its anisotropy shows it); None where no candidate can be chosen.
+    pixel_size_m, sigma_m : the size [m] that the best of the named candidates asks for and its 1-sigma deviation (of
+        the lattice and of the scan, as its anisotropy shows it). Of a search, the mean over all candidates by their
+        probability, with how they differ in its deviation; None where they differ by more than 3 %.
     material, zone_axis, p : the best candidate and its probability among those compared.
-    ratio, ratio_sigma : that size over the stated one; None where nothing is stated.
-    verdict : ``agrees`` (within three deviations, and these small), ``disagrees`` (beyond three), ``unknown``.
+    ratio, ratio_sigma : that size over the stated one; None where nothing is stated or no size is given.
+    verdict : ``agrees`` (within three deviations, and these small) or ``disagrees`` (beyond three), if candidates that
+        together are at least 90 % likely say so; else ``unknown``.
     candidates : those compared, the most probable first. zone_axes : (material, zone axis, p) of each grain; empty
         strings where none fits. message : the verdict in a sentence.
     """
@@ -110,8 +114,10 @@ def check_pixel_size(
     assignment, columns : of one image. pixel_size : what was stated about it.
     candidates : what the specimen may be, as materials (``"MoS2"``: any zone axis), with zone axis (``"SrTiO3[110]"``)
         or as :class:`~stemloop.describe.zoneaxes.Candidate`; None: all known materials, and only those that the stated
-        size allows within 40 %. Lattices of one shape cannot be told apart without a stated size (all square ones are
-        alike): then nothing is chosen and the table says what each would mean.
+        size allows within 40 %. Lattices of one shape are told apart by the stated size and the brightness of their
+        sites alone, so a search is a weak check (some known material fits most sizes): the message says for which
+        materials the size would be right and for which it would be wrong, and by how much. Without a stated size
+        nothing is chosen.
 
     Raises
     ------
@@ -232,48 +238,143 @@ def _zones(assignment: Assignment, chosen: list[Candidate], best: Match) -> tupl
     return tuple(out)
 
 
+class _Reading(NamedTuple):
+    """What one candidate says of the stated size: ``sigma`` is the relative deviation of its own size."""
+
+    match: Match
+    sigma: float
+    verdict: str
+
+    @property
+    def off(self) -> float:
+        """By how much of itself [%] the stated size is too large."""
+        return 100 * (1 / self.match.ratio - 1) if self.match.ratio else 0.0
+
+    @property
+    def wrong(self) -> str:
+        """Such as ``5.0 % too large``."""
+        return f"{abs(self.off):.1f} % too {'large' if self.off > 0 else 'small'}"
+
+
+def _reading(match: Match, lattice: float) -> _Reading:
+    """``lattice`` is the relative deviation of the lattice's own size."""
+    sigma = float(np.sqrt(lattice**2 + match.distortion**2 / 2 + _LEAST**2))
+    if match.ratio is None:
+        return _Reading(match, sigma, "unknown")
+    if abs(np.log(match.ratio)) >= _SIGNIFICANT * sigma:
+        return _Reading(match, sigma, "disagrees")
+    return _Reading(match, sigma, "agrees" if sigma <= _BLUNT else "unknown")
+
+
 def _judged(
     assignment: Assignment, chosen: list[Candidate], table: tuple[Match, ...], pixel_size: PixelSize, searched: bool
 ) -> Calibration:
-    """The verdict on the best candidate; of a search, the best that agrees if those that do are not improbable."""
+    """The verdict on which candidates with at least 90 % of the probability agree.
+
+    The size is that of the best of the named materials; of a search, the mean of all with a deviation that holds how
+    they differ, and none where that is large.
+    """
     grain = assignment.grains[0]
     relative = grain.sigma / np.hypot(*grain.vectors.T)[:, None]
     lattice = float(np.sqrt((relative**2).sum()) / 2)
-
-    def deviation(match: Match) -> float:
-        return float(np.sqrt(lattice**2 + match.distortion**2 / 2 + _LEAST**2))
-
-    agreeing = [m for m in table if m.ratio and abs(np.log(m.ratio)) < _SIGNIFICANT * deviation(m)]
-    some = searched and sum(m.p for m in agreeing) >= _AGREEING
-    best = agreeing[0] if some else table[0]
-    sigma, size = deviation(best), best.pixel_size_m
-    says = (
-        f"The lattice of {best.material}{best.zone_axis} asks for {size * 1e12:.2f} pm a pixel (+- {100 * sigma:.1f} %)"
-    )
-    ratio, wide, verdict = best.ratio, None, "unknown"
-    if pixel_size.value_m is None or ratio is None:
-        message = f"{says}; nothing was stated."
+    readings = [_reading(match, lattice) for match in table]
+    verdict = next((v for v in ("agrees", "disagrees") if _share(readings, v) >= _SURE), "unknown")
+    best = table[0]
+    size, sigma = (best.pixel_size_m, readings[0].sigma) if not searched else _mean_size(readings)
+    split = verdict == "unknown" and readings[0].verdict != "unknown" and pixel_size.value_m is not None
+    if searched or split:
+        kinds, named = len(grain.basis), "No material was named" if searched else "Several lattices were named"
+        message = _several(readings, verdict, f"{_stated(pixel_size)}. {named}", kinds)
     else:
-        wide, times = ratio * sigma, abs(np.log(ratio)) / sigma
-        off = 100 * (1 / ratio - 1)
-        message = f"{says}; {pixel_size.value_m * 1e12:.2f} pm were stated ({pixel_size.source}), "
-        if abs(off) < 0.05:
-            message += "which is the same."
-        else:
-            message += f"{abs(off):.1f} % too {'large' if off > 0 else 'small'}, which is {times:.1f} deviations."
-        if times >= _SIGNIFICANT:
-            verdict = "disagrees"
-        elif sigma <= _BLUNT:
-            verdict = "agrees"
-        else:
-            message += f" A scan distorted by {100 * best.distortion:.1f} % can explain that much."
-    if searched and len(table) > 1:
-        others = ", ".join(f"{m.material}{m.zone_axis} {100 * m.p:.0f} %" for m in table[:4])
-        message += f" By its shape and size the lattice may be {others}."
+        message = _one(readings[0], verdict, pixel_size)
     zones = _zones(assignment, chosen, best)
+    ratio = size / pixel_size.value_m if pixel_size.value_m else None
+    wide = None if ratio is None else ratio * sigma
+    vague = searched and sigma > _BLUNT
     return Calibration(
-        size, size * sigma, best.material, best.zone_axis, best.p, ratio, wide, verdict, table, zones, message
+        None if vague else size,
+        None if vague else size * sigma,
+        best.material,
+        best.zone_axis,
+        best.p,
+        None if vague else ratio,
+        None if vague else wide,
+        verdict,
+        table,
+        zones,
+        message,
     )
+
+
+def _share(readings: list[_Reading], verdict: str) -> float:
+    """Part of the candidates' probability that gives this verdict."""
+    whole = sum(r.match.p for r in readings)
+    return sum(r.match.p for r in readings if r.verdict == verdict) / whole
+
+
+def _mean_size(readings: list[_Reading]) -> tuple[float, float]:
+    """Mean pixel size [m] by probability, and its relative deviation, which holds how the candidates differ."""
+    p = np.array([r.match.p for r in readings])
+    size = np.log([r.match.pixel_size_m for r in readings])
+    mean = float(np.average(size, weights=p))
+    variance = np.average((size - mean) ** 2 + np.array([r.sigma for r in readings]) ** 2, weights=p)
+    return float(np.exp(mean)), float(np.sqrt(variance))
+
+
+def _stated(pixel_size: PixelSize) -> str:
+    return f"{1e12 * (pixel_size.value_m or 0):.2f} pm a pixel were stated ({pixel_size.source})"
+
+
+def _one(reading: _Reading, verdict: str, pixel_size: PixelSize) -> str:
+    """The verdict of a named material in a sentence."""
+    match, sigma = reading.match, reading.sigma
+    says = (
+        f"The lattice of {match.material}{match.zone_axis} asks for {match.pixel_size_m * 1e12:.2f} pm a pixel "
+        f"(+- {100 * sigma:.1f} %)"
+    )
+    if match.ratio is None:
+        return f"{says}; nothing was stated."
+    times = abs(np.log(match.ratio)) / sigma
+    message = f"{says}; {_stated(pixel_size)}, {reading.wrong}, which is {times:.1f} deviations."
+    if verdict == "unknown":
+        message += (
+            f" This neither confirms nor refutes it: the scan is distorted by {100 * match.distortion:.1f} %, and its "
+            "mean scale may be off by as much."
+        )
+    return message
+
+
+def _several(readings: list[_Reading], verdict: str, head: str, kinds: int) -> str:
+    """The verdict where several lattices are possible: for which the stated size is right, and for which how wrong."""
+    likely = [r for r in readings if r.match.p >= _LIKELY]
+    right, open_, wrong = ([r for r in likely if r.verdict == v] for v in ("agrees", "unknown", "disagrees"))
+    parts = []
+    if right:
+        parts.append("is right for " + ", ".join(_called(r) for r in right[:_TOLD]))
+    if open_:
+        parts.append("may be right for " + ", ".join(_called(r) for r in open_[:_TOLD]))
+    if wrong:
+        parts.append("is " + ", ".join(f"{r.wrong} for {_called(r)}" for r in wrong[:_TOLD]))
+    message = (
+        f"{head}; among the lattices with {kinds} kind{'s' * (kinds > 1)} of columns like these, the size "
+        f"{', '.join(parts)}."
+    )
+    if verdict == "agrees":
+        return message + " So it fits what is known; only the material's name can make it sure to 1 %."
+    if verdict == "disagrees":
+        off = sorted((r.off for r in wrong), key=abs)
+        one_way = "large" if off[0] > 0 else "small"
+        both = any(o * off[0] < 0 for o in off)
+        span = f"{abs(off[0]):.0f} to {abs(off[-1]):.0f} %"
+        amount = f"wrong by {span}" if both else f"{span} too {one_way}"
+        return f"{message} So it is {amount}, whichever it is; name the material to know by how much."
+    return message + " So nothing is settled: name the material."
+
+
+def _called(reading: _Reading) -> str:
+    match = reading.match
+    bent = f", if the scan is distorted by {100 * match.distortion:.0f} %" if match.distortion > _BLUNT else ""
+    return f"{match.material}{match.zone_axis} ({100 * match.p:.0f} % likely{bent})"
 
 
 def _unknown(message: str, table: tuple[Match, ...], zones: tuple[tuple[str, str, float], ...]) -> Calibration:

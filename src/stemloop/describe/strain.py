@@ -78,7 +78,7 @@ def local_lattice(columns: Columns, assignment: Assignment, reach: float = REACH
     if n == 0 or not assignment.grains:
         return nothing
     one, other, step = _pairs(position, assignment, reach)
-    variance = columns.sigma**2
+    variance = _finite(columns.sigma) ** 2
     known = variance.mean(axis=1)
     weight = 1 / np.maximum(known, 0.1 * np.median(known)) if np.median(known) > 0 else np.ones(n)
     sites = int(assignment.site.max()) + 1
@@ -111,6 +111,13 @@ def local_lattice(columns: Columns, assignment: Assignment, reach: float = REACH
     offset = np.column_stack([summed(away[:, c]) / count for c in (0, 1)])
     vectors[~spans], covariance[~spans], offset[~spans] = np.nan, np.nan, np.nan
     return LocalLattice(vectors, covariance, offset)
+
+
+def _finite(sigma: Floats) -> Floats:
+    """``sigma`` (n, 2) with ten times the usual deviation where none is known, so that such a column hardly counts."""
+    known = np.isfinite(sigma)
+    usual = float(np.median(sigma[known])) if known.any() else 0.0
+    return np.where(known, sigma, 10 * usual)
 
 
 def _pairs(position: Floats, assignment: Assignment, reach: float) -> tuple[Integers, Integers, Floats]:

@@ -9,7 +9,8 @@ A spot g has the intensity ``|F_g|^2 exp(-(pi t s)^2 / 3)``: the kinematic ``sin
 t at the excitation error s, as the Gaussian of the same curvature (L. Reimer and H. Kohl, *Transmission Electron
 Microscopy* (2008), doi:10.1007/978-0-387-40093-8, chapter 7). Dynamical scattering is not in it. Above some nanometres
 spots have other strengths than the model says: ``misfit`` is then above 1, and since a wrong strength is wrong on all
-pixels of its spot together, deviations are widened and likelihoods tempered by its excess on the spots times their pixels.
+pixels of its spot together, deviations are widened and likelihoods tempered by its excess on the spots times their
+pixels.
 
 Laboratory axes: x right (columns), y down (rows), z along the beam. A rotation matrix takes crystal to laboratory axes.
 """

@@ -96,7 +96,7 @@ def line_shifts(
         seen, there = _as_seen(clear, known, registration.shift[k])
         raw[k], sigma[k] = _against(frame, seen, there & np.isfinite(frame))
     wander, memory = _habit(raw[used], sigma[used])
-    for k in used:
+    for k in used.tolist():
         raw[k], sigma[k] = _smoothed(raw[k], sigma[k], wander, memory)
     raw -= np.nanmean(raw, axis=1, keepdims=True) if len(used) == n else _row_mean(raw)
     return LineShifts(raw, sigma, wander, memory)

@@ -101,7 +101,9 @@ class Layout:
 
     def take(self, kept: NDArray[np.bool_] | Integers) -> Layout:
         """The columns at ``kept``."""
-        parts: dict[str, Any] = {n: getattr(self, n)[kept] for n in ("position", "site", "grain", "cell", "weight", "width")}
+        parts: dict[str, Any] = {
+            n: getattr(self, n)[kept] for n in ("position", "site", "grain", "cell", "weight", "width")
+        }
         return replace(self, **parts)
 
 
@@ -157,7 +159,8 @@ def layout(
 def joined(*parts: Layout) -> Layout:
     """Several layouts on one field (grains, phases) as one."""
     names = ("position", "site", "grain", "cell", "weight", "width", "vacant", "vacant_site")
-    return replace(parts[0], **{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
+    together: dict[str, Any] = {n: np.concatenate([getattr(p, n) for p in parts]) for n in names}
+    return replace(parts[0], **together)
 
 
 def without(whole: Layout, share: float, site: int, rng: np.random.Generator) -> Layout:

@@ -92,10 +92,12 @@ class Opened:
         """(first, frames (n, rows, columns)) through dataset ``which`` (three axes or four), at most about ``step``
         frames at a time: the frames of a scan are counted row by row."""
         found = self.found[which]
+        if len(found.shape) not in (3, 4) or step < 1:
+            raise InputError(
+                f"{self._name} holds data of {found.shape}, {step} at a time; frames have three axes or four."
+            )
         lead, size = found.shape[:-2], math.prod(found.shape[-2:]) * found.dtype.itemsize
         across = math.prod(lead[1:])
-        if len(found.shape) < 3 or step < 1:
-            raise InputError(f"{self._name} holds data of {found.shape}; frames have three axes or four.")
         if step >= across:
             for row, block in self.blocks(which, max(1, step // max(1, across))):
                 yield row * across, block.reshape(-1, *found.shape[-2:])

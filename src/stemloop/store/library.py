@@ -15,10 +15,11 @@ import hashlib
 import json
 import os
 import sqlite3
-import time
+import threading
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ from scipy import special
 from stemloop.core.durable import sync_folder
 from stemloop.core.errors import InputError, IntegrityError, StemloopError, StorageError, UnreadableFile
 from stemloop.store import neighbours
+from stemloop.store.entries import Element, Entry, Row, flaw_of, row_of
+
+__all__ = ["Element", "Entry", "Library", "Match", "Sighting", "same", "sha256_of"]
 
 _FORMAT = "stemloop library 1"
 _WAIT_S = 60.0
@@ -49,49 +53,10 @@ _FIELDS = (
 _LOOSE = 20_000
 #: Equal surroundings differ in about so many directions only (tr(C)^2 / tr(C^2) of their covariance C is 5 to 16).
 _FREEDOM = 8
-
-
-@dataclass(frozen=True)
-class Element:
-    """A structural element to be kept: what is at ``place`` (row, col) [px] of a frame of a source.
-
-    vector : (d,) its fingerprint. kind : what it is (``column``, ``vacancy``, ``dislocation`` ...). phase : of which
-    material or cluster. p : probability of that. scatter : how far equal surroundings of its image lie apart, in units
-    of the fingerprints' deviation. patch : (m, m) picture, kept in 256 grey levels. detail : plain numbers and strings.
-    """
-
-    vector: NDArray[np.float32]
-    kind: str
-    place: tuple[float, float]
-    phase: str = ""
-    p: float = 1.0
-    frame: int = 0
-    scatter: float = 1.0
-    pixel_size_m: float | None = None
-    patch: NDArray[Any] | None = None
-    detail: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """An element of the library, without its fingerprint and picture (:meth:`Library.vector`, :meth:`Library.patch`).
-
-    source, source_sha256 : name and SHA-256 of the file it is from; added : seconds since 1970. The rest as in
-    :class:`Element`.
-    """
-
-    id: int
-    source: str
-    source_sha256: str
-    frame: int
-    place: tuple[float, float]
-    kind: str
-    phase: str
-    p: float
-    scatter: float
-    pixel_size_m: float | None
-    detail: dict[str, Any]
-    added: float
+#: Numbers that a fingerprint may have.
+_LARGEST = 4096
+#: So many entries of an index are compared with the library when it is read.
+_COMPARED = 64
 
 
 @dataclass(frozen=True)
@@ -152,6 +117,7 @@ class Library:
         self.path = Path(path)
         if not self.path.parent.is_dir():
             raise StorageError(f"there is no folder {self.path.parent} for the library {self.path.name}.")
+        self._alone = threading.RLock()  # threads share the connection, and must not see each other's half of a writing
         with _translated(self.path):
             self._base = sqlite3.connect(self.path, timeout=_WAIT_S, isolation_level=None, check_same_thread=False)
         try:
@@ -175,21 +141,30 @@ class Library:
                     about["version"] = str(version)
                     self._base.executemany("INSERT INTO about VALUES (?, ?)", about.items())
             sync_folder(self.path.parent)
-        try:
-            about = dict(self._base.execute("SELECT name, value FROM about"))
-        except sqlite3.OperationalError:
-            about = {}
-        if about.get("format") != _FORMAT:
+        about = dict(self._base.execute("SELECT name, value FROM about")) if self._is_known() else {}
+        if about.get("format") != _FORMAT or not {"name", "dimension", "scale", "version"} <= set(about):
             raise UnreadableFile(f"{self.path} is an SQLite file, but not a library of structural elements.")
         if about["version"] != str(version):
             raise InputError(
                 f"{self.path} holds fingerprints of version {about['version']}, which cannot be compared with those of "
                 f"version {version}. Make it anew from the images."
             )
+        if not about["dimension"].isdecimal() or not 1 <= int(about["dimension"][:9]) <= _LARGEST:
+            raise UnreadableFile(
+                f"{self.path} is of {about['dimension'][:40]} dimensions; a library has 1 to {_LARGEST}."
+            )
         self.name, self.dimension, self.scale = about["name"], int(about["dimension"]), about["scale"]
+        self.version = version
 
     def _is_empty(self) -> bool:
         return not self._base.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+
+    def _is_known(self) -> bool:
+        """Whether the tables are ours: a stranger's file may hold views that never end, and triggers."""
+        found = self._base.execute(
+            "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND (type != 'table' OR name NOT LIKE 'sqlite%')"
+        )
+        return {sql for (sql,) in found} == {words.strip() for words in _SCHEMA.split(";") if words.strip()}
 
     def __enter__(self) -> Library:
         return self
@@ -207,17 +182,18 @@ class Library:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """All or nothing, and on the disk when it ends."""
-        self._base.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                self._base.execute("ROLLBACK")
-            raise
-        self._base.execute("COMMIT")
+        with self._alone:
+            self._base.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._base.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    self._base.execute("ROLLBACK")
+                raise
 
     def _ask(self, words: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        with _translated(self.path):
+        with _translated(self.path), self._alone:
             return self._base.execute(words, values).fetchall()
 
     # ------------------------------------------------------------------------------------------------ what is kept
@@ -231,37 +207,20 @@ class Library:
         ----------
         source, source_sha256 : name and SHA-256 (hexadecimal) of the file: :func:`sha256_of`.
         """
-        rows = [self._row(element, source_sha256) for element in elements]
+        rows = [row_of(element, source_sha256, self.dimension) for element in elements]
         with _translated(self.path), self._writing():
             return self._insert(rows, source, source_sha256)
 
-    def _row(self, element: Element, source_sha256: str) -> tuple[tuple[Any, ...], tuple[int, bytes] | None]:
-        vector = np.ascontiguousarray(element.vector, dtype="<f4")
-        if vector.shape != (self.dimension,) or not np.isfinite(vector).all():
-            raise InputError(
-                f"a fingerprint of this library is {self.dimension} finite numbers; got the shape {vector.shape}"
-                f"{' with NaN: its surroundings leave the image' if vector.shape == (self.dimension,) else ''}."
-            )
-        detail = json.dumps(dict(element.detail), sort_keys=True)
-        size = None if element.pixel_size_m is None else float(element.pixel_size_m)
-        y, x = map(float, element.place)
-        what = (str(element.kind), str(element.phase), float(element.p), float(element.scatter))
-        facts = (int(element.frame), y, x, *what, size, detail)
-        picture = None if element.patch is None else _grey(element.patch)
-        digest = _digest(source_sha256, facts, vector.tobytes(), picture)
-        return (digest, *facts, time.time(), vector.tobytes()), picture
-
-    def _insert(
-        self, rows: Iterable[tuple[tuple[Any, ...], tuple[int, bytes] | None]], source: str, sha256: str
-    ) -> int:
-        self._base.execute("INSERT OR IGNORE INTO sources (sha256, name) VALUES (?, ?)", (sha256, source))
+    def _insert(self, rows: Iterable[Row], source: str, sha256: str) -> int:
+        name = source.encode(errors="replace").decode()
+        self._base.execute("INSERT OR IGNORE INTO sources (sha256, name) VALUES (?, ?)", (sha256, name))
         (number,) = self._base.execute("SELECT id FROM sources WHERE sha256 = ?", (sha256,)).fetchone()
         new = 0
-        for (digest, *facts), picture in rows:
+        for (known, *facts), picture in rows:
             made = self._base.execute(
-                "INSERT OR IGNORE INTO entries (digest, source, frame, y, x, kind, phase, p, scatter, pixel_size_m,"
-                " detail, added, vector) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (digest, number, *facts),
+                "INSERT INTO entries (digest, source, frame, y, x, kind, phase, p, scatter, pixel_size_m, detail,"
+                " added, vector) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (digest) DO NOTHING",
+                (known, number, *facts),
             )
             new += made.rowcount
             if made.rowcount and picture is not None:
@@ -269,38 +228,52 @@ class Library:
         return new
 
     def merge(self, other: Library | str | os.PathLike[str], batch: int = 10_000) -> int:
-        """Keep all entries of ``other`` too; return how many were new. Interrupted, it may be done again."""
+        """Keep all entries of ``other`` too; return how many were new. Interrupted, it may be done again.
+
+        Entries that are not what their digests say, or no elements at all, are left out: IntegrityError tells so when
+        all others are kept.
+        """
         if not isinstance(other, Library):
             if not Path(other).exists():
                 raise UnreadableFile(f"there is no library {other}.")
-            with Library(other) as opened:
+            with Library(other, version=self.version) as opened:
                 return self.merge(opened, batch)
-        if (other.dimension, other.scale) != (self.dimension, self.scale):
+        if (other.dimension, other.scale, other.version) != (self.dimension, self.scale, self.version):
             raise InputError(
-                f"{other.path} holds fingerprints of {other.dimension} numbers in {other.scale}, {self.path} of "
-                f"{self.dimension} in {self.scale}: they cannot be compared. Make the one anew like the other."
+                f"{other.path} holds fingerprints of {other.dimension} numbers in {other.scale} (version "
+                f"{other.version}), {self.path} of {self.dimension} in {self.scale} (version {self.version}): they "
+                "cannot be compared. Make the one anew like the other."
             )
-        new = 0
-        for sha256, name in other._ask("SELECT sha256, name FROM sources"):
-            rows = other._rows(sha256, batch)
-            for part in rows:
-                with _translated(self.path), self._writing():
-                    new += self._insert(part, name, sha256)
+        new, flaws = 0, []
+        for part in other._rows(batch):
+            with _translated(self.path), self._writing():
+                for (sha256, name), together in groupby(part, key=lambda row: row[:2]):
+                    good = []
+                    for _, _, row, picture in together:
+                        flaw = flaw_of(row, picture, sha256, self.dimension)
+                        if flaw:
+                            flaws.append(f"that at {row[2:4]} of {name}: {flaw}")
+                        else:
+                            good.append((row, picture))
+                    new += self._insert(good, name, sha256) if good else 0
+        if flaws:
+            raise IntegrityError(
+                f"{len(flaws)} entries of {other.path} are damaged and were left out, first {flaws[0]}; the others "
+                f"are kept ({new} new)."
+            )
         return new
 
-    def _rows(self, sha256: str, batch: int) -> Iterator[list[Any]]:
+    def _rows(self, batch: int) -> Iterator[list[tuple[str, str, tuple[Any, ...], tuple[int, bytes] | None]]]:
+        """(SHA-256 and name of the source, row, picture) of all entries in the order they came, ``batch`` at a time."""
         last = 0
-        while True:
-            found = self._ask(
-                "SELECT e.id, p.rows, p.picture, e.digest, e.frame, e.y, e.x, e.kind, e.phase, e.p, e.scatter,"
-                " e.pixel_size_m, e.detail, e.added, e.vector FROM entries e JOIN sources s ON s.id = e.source"
-                " LEFT JOIN patches p ON p.id = e.id WHERE s.sha256 = ? AND e.id > ? ORDER BY e.id LIMIT ?",
-                (sha256, last, batch),
-            )
-            if not found:
-                return
+        while found := self._ask(
+            "SELECT e.id, s.sha256, s.name, p.rows, p.picture, e.digest, e.frame, e.y, e.x, e.kind, e.phase, e.p,"
+            " e.scatter, e.pixel_size_m, e.detail, e.added, e.vector FROM entries e JOIN sources s ON s.id = e.source"
+            " LEFT JOIN patches p ON p.id = e.id WHERE e.id > ? ORDER BY e.id LIMIT ?",
+            (last, batch),
+        ):
             last = found[-1][0]
-            yield [(row[3:], None if row[1] is None else row[1:3]) for row in found]
+            yield [(row[1], row[2], row[5:], None if row[3] is None else row[3:5]) for row in found]
 
     # ---------------------------------------------------------------------------------------------- what it answers
 
@@ -323,6 +296,10 @@ class Library:
         """
         entry, distance = self.nearest(fingerprint, k, exact=exact, without_source=without_source)
         known = self._entries(entry)
+        if len(known) != len(entry):
+            raise IntegrityError(
+                f"{self.index_path} names entries that {self.path} does not hold: delete the one, verify the other."
+            )
         return [_match(known[int(i)], float(d), scatter, self.dimension) for i, d in zip(entry, distance, strict=True)]
 
     def nearest(
@@ -330,15 +307,16 @@ class Library:
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Numbers and distances of the ``k`` nearest entries; as :meth:`search`, without looking the entries up."""
         query = np.ascontiguousarray(fingerprint, dtype=np.float32)
-        if query.shape != (self.dimension,) or not np.isfinite(query).all() or k < 1:
+        if query.shape != (self.dimension,) or not np.isfinite(query).all() or k < 1 or k != int(k):
             raise InputError(
-                f"a query is {self.dimension} finite numbers and k at least 1; got {query.shape}, k = {k}."
+                f"a query is {self.dimension} finite numbers and k a whole number from 1; got {query.shape}, k = {k}."
             )
         without = -1
         if without_source is not None:
             found = self._ask("SELECT id FROM sources WHERE sha256 = ?", (without_source,))
             without = found[0][0] if found else -1
         index, loose = self._fresh()
+        k = max(1, min(int(k), len(index) + len(loose.entry)))
         entry, square = index.search(query, k, None if exact else neighbours.PROBES, without)
         if len(loose.entry):
             first, stop = np.zeros(1, np.int64), np.array([len(loose.entry)])
@@ -380,9 +358,11 @@ class Library:
             for i, name, sha256, frame, y, x, kind, phase, p, spread, size, detail, added in self._ask(
                 words, [int(n) for n in part]
             ):
-                known[i] = Entry(
-                    i, name, sha256, frame, (y, x), kind, phase, p, spread, size, json.loads(detail), added
-                )
+                with _sound(self.path):
+                    y, x, p, spread, added = map(float, (y, x, p, spread, added))  # noqa: PLW2901
+                    known[i] = Entry(
+                        i, name, sha256, frame, (y, x), kind, phase, p, spread, size, json.loads(detail), added
+                    )
         return known
 
     def vector(self, number: int) -> NDArray[np.float32]:
@@ -390,12 +370,19 @@ class Library:
         found = self._ask("SELECT vector FROM entries WHERE id = ?", (int(number),))
         if not found:
             raise InputError(f"{self.path} has no entry {number}.")
-        return np.frombuffer(found[0][0], "<f4").astype(np.float32)
+        with _sound(self.path):
+            return np.frombuffer(found[0][0], "<f4").astype(np.float32)
 
     def patch(self, number: int) -> NDArray[np.uint8] | None:
         """The picture of an entry in 256 grey levels, or None if it was kept without one."""
         found = self._ask("SELECT rows, picture FROM patches WHERE id = ?", (int(number),))
-        return np.frombuffer(found[0][1], np.uint8).reshape(found[0][0], -1) if found else None
+        with _sound(self.path):
+            return np.frombuffer(found[0][1], np.uint8).reshape(found[0][0], -1) if found else None
+
+    @property
+    def _log(self) -> Path:
+        """What was written last may still be there."""
+        return self.path.with_name(self.path.name + "-wal")
 
     def about(self) -> dict[str, Any]:
         """What the library holds, in plain numbers: entries, by kind and phase, sources, dimension, scale, bytes."""
@@ -406,7 +393,7 @@ class Library:
             "sources": self._ask("SELECT count(*) FROM sources")[0][0],
             "dimension": self.dimension,
             "scale": self.scale,
-            "bytes": self.path.stat().st_size,
+            "bytes": sum(path.stat().st_size for path in (self.path, self._log) if path.exists()),
         }
 
     def verify(self) -> int:
@@ -415,12 +402,15 @@ class Library:
         (verdict,) = self._ask("PRAGMA quick_check(1)")[0]
         if verdict != "ok":
             raise IntegrityError(f"{self.path} is damaged: {verdict}. Merge what is left into a new library.")
-        for (sha256,) in self._ask("SELECT sha256 FROM sources"):
-            for part in self._rows(sha256, 10_000):
-                for (digest, *facts), picture in part:
-                    if digest != _digest(sha256, tuple(facts[:9]), facts[10], picture):
-                        raise IntegrityError(f"{self.path}: the entry at {facts[1:3]} of {sha256} was changed.")
-        return len(self)
+        count = 0
+        for part in self._rows(10_000):
+            count += len(part)
+            for sha256, name, row, picture in part:
+                if flaw := flaw_of(row, picture, sha256, self.dimension):
+                    raise IntegrityError(f"{self.path}: the entry at {row[2:4]} of {name} is damaged: {flaw}.")
+        if count != len(self):
+            raise IntegrityError(f"{self.path}: {len(self) - count} entries are of no source.")
+        return count
 
     # ------------------------------------------------------------------------------------------------------ index
 
@@ -431,9 +421,13 @@ class Library:
 
     def _fresh(self) -> tuple[neighbours.Index, _Loose]:
         """The index, and the entries that are newer than it."""
+        with self._alone:
+            return self._renewed()
+
+    def _renewed(self) -> tuple[neighbours.Index, _Loose]:
         if self._index is None:
             self._index = neighbours.load(self.index_path, self.name)
-            if self._index is None:
+            if self._index is None or not self._is_of(self._index):
                 self._index = neighbours.build(*self._vectors(0))
                 self._keep()
             self._loose = _Loose.empty(self.dimension)
@@ -446,6 +440,17 @@ class Library:
             self._keep()
         return self._index, self._loose
 
+    def _is_of(self, index: neighbours.Index) -> bool:
+        """Whether the index is of the entries that are here, and not of those before an older file was put back."""
+        count = self._ask("SELECT count(*) FROM entries WHERE id <= ?", (int(index.entry.max(initial=0)),))[0][0]
+        if index.vectors.shape != (count, self.dimension):
+            return False
+        for i in np.unique(np.linspace(0, count - 1, min(count, _COMPARED)).astype(int)):
+            found = self._ask("SELECT source, vector FROM entries WHERE id = ?", (int(index.entry[i]),))
+            if found != [(int(index.source[i]), index.vectors[i].astype("<f4").tobytes())]:
+                return False
+        return True
+
     def _keep(self) -> None:
         """Small ones are made again faster than they are read; where nothing may be written, it stays in memory."""
         if self._index is not None and len(self._index) > _LOOSE:
@@ -455,13 +460,17 @@ class Library:
     def _vectors(self, after: int) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
         """Numbers, sources and fingerprints of the entries after number ``after``."""
         names, sources, vectors = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)], [np.zeros(0, "<f4")]
-        with _translated(self.path):
+        with _translated(self.path), self._alone, _sound(self.path):
             found = self._base.execute("SELECT id, source, vector FROM entries WHERE id > ? ORDER BY id", (after,))
             while rows := found.fetchmany(50_000):
+                if {len(row[2]) for row in rows} != {4 * self.dimension}:
+                    raise ValueError("a fingerprint of another length")
                 names.append(np.array([row[0] for row in rows], np.int64))
                 sources.append(np.array([row[1] for row in rows], np.int32))
                 vectors.append(np.frombuffer(b"".join(row[2] for row in rows), "<f4"))
         together = np.concatenate(vectors).astype(np.float32, copy=False)
+        if not np.isfinite(together).all():
+            raise _damaged(self.path)
         return np.concatenate(names), np.concatenate(sources), together.reshape(-1, self.dimension)
 
 
@@ -497,30 +506,15 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 def same(distance: float, scatter: float, other_scatter: float, dimension: int) -> float:
     """Share of pairs of equal surroundings that lie at least ``distance`` apart, where both deviate by their image's
     scatter: the upper tail of chi-square, scaled to the scatter and with the few degrees of freedom that it has."""
-    freedom = min(_FREEDOM, dimension)
-    ratio = distance**2 / (dimension * (scatter**2 + other_scatter**2))
+    freedom, square = min(_FREEDOM, dimension), dimension * (scatter**2 + other_scatter**2)
+    if square == 0:
+        return float(distance == 0)
+    ratio = distance**2 / square
     return float(special.gammaincc(freedom / 2, freedom / 2 * ratio))
 
 
 def _match(entry: Entry, distance: float, scatter: float, dimension: int) -> Match:
     return Match(entry, distance, same(distance, scatter, entry.scatter, dimension))
-
-
-def _grey(patch: NDArray[Any]) -> tuple[int, bytes]:
-    """Rows and 256 grey levels from the patch's least to its greatest."""
-    picture = np.asarray(patch, dtype=np.float64)
-    if picture.ndim != 2 or not np.isfinite(picture).all():
-        raise InputError(f"a patch is a picture (rows, cols) of finite numbers; got the shape {picture.shape}.")
-    if np.asarray(patch).dtype == np.uint8:
-        return len(picture), np.asarray(patch).tobytes()
-    low, span = picture.min(), np.ptp(picture)
-    return len(picture), np.round(255 * (picture - low) / (span if span > 0 else 1.0)).astype(np.uint8).tobytes()
-
-
-def _digest(sha256: str, facts: tuple[Any, ...], vector: bytes, picture: tuple[int, bytes] | None) -> bytes:
-    """What an entry is known by: the SHA-256 of all that it says, but for the file's name and the time."""
-    words = repr((sha256, *facts, picture[0] if picture else 0)).encode()
-    return hashlib.sha256(words + b"\0" + vector + (picture[1] if picture else b"")).digest()
 
 
 @contextlib.contextmanager
@@ -534,7 +528,22 @@ def _translated(path: Path) -> Iterator[None]:
         raise UnreadableFile(f"{path} is not a library, or is damaged ({error}).") from None
 
 
+@contextlib.contextmanager
+def _sound(path: Path) -> Iterator[None]:
+    """Entries that no library wrote, in words that say what to do."""
+    try:
+        yield
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        raise _damaged(path) from None
+
+
+def _damaged(path: Path) -> IntegrityError:
+    return IntegrityError(f"{path} holds damaged entries: verify it, or merge what is whole into a new library.")
+
+
 def _storage(path: Path, words: str) -> StemloopError:
+    if "decode" in words:
+        return _damaged(path)
     if "locked" in words:
         return StorageError(f"{path} is being written by another process for {_WAIT_S:g} s; try again.")
     return StorageError(f"{path}: {words}; is the disk full, or the folder not writable?")

@@ -12,6 +12,7 @@ is made anew when either does not fit.
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from dataclasses import dataclass
@@ -58,17 +59,27 @@ class Index:
         self, query: NDArray[np.float32], k: int, probes: int | None = PROBES, without: int = -1
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Entries and squared distances of the ``k`` nearest to ``query`` (d,), nearest first, in the ``probes``
-        nearest cells (None: in all), none of them of the source ``without``."""
+        nearest cells (None: in all), none of them of the source ``without``. Where that fills the cells, more are
+        looked at, until as many others were."""
         if len(self) == 0:
             return np.zeros(0, np.int64), np.zeros(0, np.float32)
         if probes is None or probes >= len(self.centre):
             cells = np.arange(len(self.centre))
         else:
             far = ((self.centre - query) ** 2).sum(axis=1)
-            cells = np.argpartition(far, probes)[:probes]
+            if without >= 0:
+                probes = self._reached(np.argsort(far), probes, without)
+            cells = np.argpartition(far, probes - 1)[:probes]
             cells = cells[np.argsort(far[cells])]
         square, row = nearest(query, self.vectors, self.source, self.start[cells], self.start[cells + 1], k, without)
         return self.entry[row], square
+
+    def _reached(self, order: NDArray[np.int64], probes: int, without: int) -> int:
+        """How many cells of ``order`` hold as many vectors of other sources as ``probes`` cells usually hold."""
+        own = np.concatenate([[0], np.cumsum(self.source == without)])[self.start]
+        others = np.cumsum((np.diff(self.start) - np.diff(own))[order])
+        wanted = min(probes * len(self) / len(self.centre), others[-1])
+        return min(max(probes, int(np.searchsorted(others, wanted)) + 1), len(order))
 
 
 def build(entry: NDArray[np.int64], source: NDArray[np.int32], vectors: NDArray[np.float32], seed: int = 0) -> Index:
@@ -160,7 +171,8 @@ def nearest(
     return square[:found], row[:found]
 
 
-_PARTS = ("vectors", "entry", "source", "centre", "start")
+_KINDS = {"vectors": "<f4", "entry": "<i8", "source": "<i4", "centre": "<f4", "start": "<i8"}
+_PARTS = tuple(_KINDS)
 
 
 def save(index: Index, path: Path, library: str) -> None:
@@ -189,7 +201,8 @@ def save(index: Index, path: Path, library: str) -> None:
 
 
 def load(path: Path, library: str) -> Index | None:
-    """The index in ``path``, mapped; None if there is none, or it is another library's, or its checksum fails."""
+    """The index in ``path``, mapped; None if there is none, or it is another library's, or its checksum fails, or it
+    was made up: a search looks nowhere but into it, whoever wrote it."""
     try:
         with open(path, "rb") as file:
             magic, length, crc = _HEAD.unpack(file.read(_HEAD.size))
@@ -200,11 +213,29 @@ def load(path: Path, library: str) -> Index | None:
             return None
         head = json.loads(words)
         payload = np.memmap(path, np.uint8, "r", offset=_HEAD.size + length)
-    except (OSError, ValueError, struct.error):
+        if head["library"] != library or len(payload) != head["bytes"] or _crc(payload) != head["crc"]:
+            return None
+        parts = {name: _part(payload, np.dtype(_KINDS[name]), *head["parts"][name]) for name in _PARTS}
+        index = Index(trained=int(head["trained"]), **parts)
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError, struct.error):
         return None
-    if head["library"] != library or len(payload) != head["bytes"] or _crc(payload) != head["crc"]:
-        return None
-    return Index(trained=head["trained"], **{name: _part(payload, *head["parts"][name]) for name in _PARTS})
+    return index if _is_whole(index) else None
+
+
+def _is_whole(index: Index) -> bool:
+    """Whether the cells are rows of the vectors, and all of them."""
+    n, cells = len(index), len(index.centre)
+    return bool(
+        index.vectors.ndim == index.centre.ndim == 2
+        and index.vectors.shape == (n, index.centre.shape[1])
+        and index.entry.shape == index.source.shape == (n,)
+        and index.start.shape == (cells + 1,)
+        and cells > 0
+        and index.trained >= 0
+        and index.start[0] == 0
+        and index.start[-1] == n
+        and (np.diff(index.start) >= 0).all()
+    )
 
 
 def _crc(payload: NDArray[np.uint8]) -> int:
@@ -214,7 +245,8 @@ def _crc(payload: NDArray[np.uint8]) -> int:
     return int(crc)
 
 
-def _part(payload: NDArray[np.uint8], kind: str, shape: list[int], place: int) -> NDArray[Any]:
-    dtype = np.dtype(kind)
-    size = int(np.prod(shape)) * dtype.itemsize
+def _part(payload: NDArray[np.uint8], dtype: np.dtype[Any], kind: str, shape: list[int], place: int) -> NDArray[Any]:
+    if np.dtype(kind) != dtype or min(place, *shape) < 0:
+        raise ValueError(f"{kind} of {shape} at {place}")
+    size = math.prod(shape) * dtype.itemsize
     return payload[place : place + size].view(dtype).reshape(shape)

@@ -353,17 +353,29 @@ class _Dense(_Book):
         if whole and block.codec == self.codec:
             self._put(row // self.side, block.payload)
             return
-        if whole and self.packer is not None and self.codec == SHUFFLE_DEFLATE:
-            chunk = self.packer(block, self.side)
-            if chunk is not None:
-                self._put(row // self.side, chunk)
-                return
+        chunk = self._packed(block, frames) if whole and self.codec == SHUFFLE_DEFLATE else None
+        if chunk is not None:
+            self._put(row // self.side, chunk)
+            return
         unpacked = frames(block)
         if whole:
             self._put(row // self.side, pipelines.pack(unpacked, self.side, self.codec))
             return
         for first, stop in fresh:
             self._fill(int(self.rows(first)), unpacked[first - block.first : stop - block.first])
+
+    def _packed(self, block: Encoded, frames: Decoder) -> bytes | None:
+        """The block's chunk from the packer, or None. Every 64th is unpacked and compared; should a packer ever be
+        wrong, nothing is sealed."""
+        chunk = None if self.packer is None else self.packer(block, self.side)
+        if chunk is not None and block.first // self.side % 64 == 0:
+            unpacked = pipelines.unpack(chunk, (self.side, *self.plan.shape), self.plan.dtype, self.codec)
+            if not np.array_equal(unpacked[: block.n], frames(block)) or unpacked[block.n :].any():
+                raise IntegrityError(
+                    f"frames {block.first} to {block.first + block.n - 1} of stream {self.plan.stream!r} would be "
+                    "packed wrongly; nothing was sealed. Report this with the log."
+                )
+        return chunk
 
     def _fill(self, row: int, frames: NDArray[Any]) -> None:
         """Gather frames until a chunk is whole."""

@@ -14,12 +14,14 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from stemloop.core.errors import InputError
 from stemloop.stream.events import EventBlock
 
 #: Above this share of hit pixels the frames are better deflated as they are.
 SPARSE = 0.1
-#: Longest code. Then a run of zeros (a zero and a copy of at most 258 more) takes no more than 32 bits.
-_MOST_BITS = 13
+#: Longest code, and that of the zero. Then a run of zeros (three zeros at most, or a zero and a copy of at most 258
+#: more) takes no more than 32 bits.
+_MOST_BITS, _MOST_ZERO_BITS = 13, 10
 #: Longest run of zeros that is written at once.
 _AT_ONCE = 259
 _END = 256
@@ -47,12 +49,21 @@ _SYMBOL, _EXTRA, _VALUE = _lengths()
 def deflated(events: EventBlock, dtype: Any, rows: int | None = None) -> bytes | None:
     """The chunk of ``rows`` frames (default: as many as there are) of ``dtype`` that begins with ``events`` and ends
     with zeros, as :func:`stemloop.core.chunk.deflate` would make it (other bytes, the same numbers); None where the
-    frames are not sparse or do not fit ``dtype``."""
+    frames are not sparse or do not fit ``dtype``, or its bytes are turned round. InputError if there are more than
+    ``rows``."""
     kind = np.dtype(dtype)
+    if rows is not None and rows < events.frames:
+        raise InputError(f"{events.frames} frames do not fit into a chunk of {rows}.")
     pixels = events.shape[0] * events.shape[1]
     most = 1 if events.counts is None and len(events.index) == 0 else _most(events)
     whole = (events.frames if rows is None else rows) * pixels
-    if kind.kind != "u" or whole == 0 or len(events.index) > SPARSE * whole or most >> (8 * kind.itemsize):
+    if (
+        kind.kind != "u"
+        or kind != kind.newbyteorder("<")
+        or whole == 0
+        or len(events.index) > SPARSE * whole
+        or most >> (8 * kind.itemsize)
+    ):
         return None
     counts = np.zeros(0, np.uint16) if events.counts is None else events.counts
     planes = max(1, (int(most).bit_length() + 7) // 8)
@@ -98,7 +109,7 @@ def _bytes(indptr, index, counts, pixels, plane, offset, place, byte, used):  # 
             if single:
                 while i + n < stop and index[i + n] == index[i]:
                     n += 1
-                count = n
+                count = np.int64(n)
             else:
                 count = np.int64(counts[i])
             value = (count >> (8 * plane)) & 255
@@ -115,7 +126,7 @@ def _tally(place, byte, size, symbol):  # type: ignore[no-untyped-def]
     """How often each symbol is written, and the checksum of the bytes."""
     weight = np.zeros(286, np.int64)
     runs = np.zeros(_AT_ONCE + 1, np.int64)
-    low, high, at = 1, size, 0
+    low, high, at = np.int64(1), np.int64(size), np.int64(0)
     for k in range(len(place)):
         zeros = place[k] - at
         at = place[k] + 1
@@ -169,7 +180,8 @@ def _tree(weight):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True)
 def _code(weight):  # type: ignore[no-untyped-def]
-    """Bits of each symbol in Huffman's code, at most _MOST_BITS: weights are halved until no code is longer."""
+    """Bits of each symbol in Huffman's code, at most _MOST_BITS, of the zero _MOST_ZERO_BITS: weights are halved until
+    no code is longer. That ends: 286 symbols of weights 1 and 2 have no code of more than 10 bits."""
     bits = np.zeros(len(weight), np.int64)
     while True:
         parent = _tree(weight)
@@ -179,7 +191,7 @@ def _code(weight):  # type: ignore[no-untyped-def]
             while weight[k] > 0 and parent[node] >= 0:
                 bits[k] += 1
                 node = parent[node]
-        if bits.max() <= _MOST_BITS:
+        if bits.max() <= _MOST_BITS and bits[0] <= _MOST_ZERO_BITS:
             return bits
         for k in range(len(weight)):
             if weight[k] > 0:

@@ -22,20 +22,31 @@ from stemloop.store.readers import read
 def images_of(path: str | os.PathLike[str]) -> Iterator[tuple[NDArray[Any], float | None]]:
     """The images of a file in order, those of stacks frame by frame, and their pixel size [m] where it is known.
 
-    InputError if the file holds none.
+    Colours (the last of three axes has 3 or 4 numbers) are averaged; spectrum images are left out. A stack stays on the
+    disk but for one frame. InputError if the file holds no image.
     """
     count = 0
-    for signal in read(path):
-        if signal.data.ndim in (2, 3):
-            for image in signal.data if signal.data.ndim == 3 else (signal.data,):
-                count += 1
-                yield np.asarray(image), _pixel_m(signal)
+    for signal in read(path, mapped=True):
+        for image in _images(signal):
+            count += 1
+            yield image, _pixel_m(signal)
     if count == 0:
         raise InputError(f"{os.fspath(path)} holds no image (rows, cols) and no stack of images.")
 
 
+def _images(signal: Signal) -> Iterator[NDArray[Any]]:
+    data = signal.data
+    if data.ndim not in (2, 3) or any(axis.name.startswith("energy") for axis in signal.axes):
+        return
+    if data.ndim == 3 and data.shape[2] in (3, 4):
+        yield data[..., :3].mean(axis=2)
+        return
+    for image in data if data.ndim == 3 else (data,):
+        yield np.array(image)
+
+
 def _pixel_m(signal: Signal) -> float | None:
-    axis = signal.axes[-1]
+    axis = signal.axes[1 if signal.data.ndim == 3 and signal.data.shape[2] in (3, 4) else -1]
     return abs(axis.scale) if axis.unit == "m" and axis.scale != 0 else None
 
 
@@ -74,7 +85,9 @@ def _elements(
 ) -> list[Element]:
     vectors = fingerprints(image, columns, places)
     pictures = patches(image, places, unit_px(columns))
-    spread = scatter(vectors[: len(columns)], columns.sublattice)
+    site, found = np.asarray(columns.sublattice), vectors[: len(columns)]
+    of_site = {k: scatter(found[site == k], site[site == k]) for k in np.unique(site)}  # weak ones scatter more
+    most = max(of_site.values(), default=1.0)
     chance = np.append(columns.p_present, np.ones(len(places) - len(columns)))
     return [
         Element(
@@ -84,7 +97,7 @@ def _elements(
             f"site-{group[i]}" if group[i] >= 0 else "",
             float(chance[i]),
             frame,
-            spread,
+            of_site.get(group[i], most),
             patch=pictures[i],
         )
         for i in np.flatnonzero(np.isfinite(vectors).all(axis=1))
