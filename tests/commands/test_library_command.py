@@ -83,8 +83,7 @@ def test_a_bad_frame_does_not_end_the_others_and_the_file_is_hashed_once(files, 
 
 
 def test_colours_are_one_image_and_spectra_none(tmp_path):
-    from stemloop.campaign.elements import images_of
-
+    from stemloop.campaign.images.elements import images_of
     from stemloop.core.errors import InputError
 
     np.save(tmp_path / "rgb.npy", np.stack([np.full((40, 50), v, np.uint8) for v in (10, 20, 60, 255)], axis=2))
