@@ -30,8 +30,8 @@ _SURROUNDED = 0.65
 _GROUP, _SMALLEST_GROUP, _ASKED = 400, 40, 100
 #: A vector is judged by so many columns that have room for it, at least.
 _FEWEST_ASKED = 6
-#: Columns of a class differ in amplitude by these parts at least and at most; so many of its places are believed to hold
-#: one before any is looked at.
+#: Columns of a class differ in amplitude by these parts at least and at most; so many of its places are believed to
+#: hold one before any is looked at.
 _LEAST_SPREAD, _MOST_SPREAD, _BELIEVED = 0.05, 0.3, 4.0
 #: Columns and empty places cannot be told by their amplitudes where these are so many deviations apart, and surely can
 #: where they are so many.
@@ -157,7 +157,10 @@ def _shared_vectors(
     along = [np.sort(position[asked, i]) for i in (0, 1)]  # how many have room: along either side alone, multiplied
     room = np.ones(len(differences))
     for i in (0, 1):
-        first, final = np.searchsorted(along[i], -differences[:, i]), np.searchsorted(along[i], last[i] - differences[:, i])
+        first, final = (
+            np.searchsorted(along[i], -differences[:, i]),
+            np.searchsorted(along[i], last[i] - differences[:, i]),
+        )
         room *= (final - first) / len(asked)
     usable = room * len(asked) >= _FEWEST_ASKED
     differences, room = differences[usable], room[usable]
@@ -211,7 +214,7 @@ def occupancy(amplitude: Floats, sigma: Floats, known: Floats) -> float:
 
 
 class Classes(NamedTuple):
-    """Of each class the ``mean`` amplitude of its columns, their ``spread`` and the ``share`` of places that hold one."""
+    """Of each class the ``mean`` amplitude of its columns, their ``spread``, the ``share`` of places that hold one."""
 
     mean: Floats
     spread: Floats
@@ -245,7 +248,7 @@ def classes(amplitude: Floats, sigma: Floats, kind: NDArray[np.int64], number: i
     """
 
     def total(of: Floats) -> Floats:
-        return np.bincount(kind, of, number)
+        return np.asarray(np.bincount(kind, of, number), np.float64)
 
     weight = 1 / (sigma**2 + (0.1 * np.abs(amplitude).mean()) ** 2)
     mean = np.maximum(total(weight * amplitude) / np.maximum(total(weight), 1e-300), 1e-9)
