@@ -254,8 +254,10 @@ def _chances(
     sites: _Sites, amplitude: Floats, deviation: Floats, known: Floats, sigma: Floats
 ) -> tuple[Floats, Floats, Floats]:
     """(n,) the chance that a column is at each of ``sites``, where ``amplitude`` (n,) give or take ``deviation`` was
-    measured, at least and (n,) at most, and (n,) what amplitude it would have; by the columns that stood out, whose amplitudes are ``known`` (m,)
-    give or take ``sigma``."""
+    measured, at least and (n,) at most, and (n,) what amplitude it would have.
+
+    By the columns that stood out, whose amplitudes are ``known`` (m,) give or take ``sigma``.
+    """
     tiny = 1e-9 * float(known.max())
     deviation, sigma = np.maximum(deviation, tiny), np.maximum(sigma, tiny)
     most, bright = np.ones(len(amplitude)), np.full(len(amplitude), float(np.median(known)))

@@ -257,7 +257,7 @@ def _inhabited(
     cell: _Cell, middle: Floats, own: Floats, everyone: cKDTree, shape: tuple[int, ...]
 ) -> tuple[Floats, NDArray[np.bool_]]:
     """(m, 2) the whole coordinates of the cells that have columns about them, ``everyone`` asked, and (m,) whether
-    they are on all sides. ``middle`` is that of a cell, ``own`` (n, 2) the coordinates of the neighbourhood's columns."""
+    they are on all sides. ``middle`` is that of a cell, ``own`` (n, 2) are the coordinates of the columns."""
     low, high = np.floor(own.min(axis=0)).astype(int) - 2, np.ceil(own.max(axis=0)).astype(int) + 2
     if np.prod(high - low + 1) > 20 * len(own) + 400:
         return np.zeros((0, 2)), np.zeros(0, bool)

@@ -36,6 +36,8 @@ _LEAST_SPREAD, _MOST_SPREAD, _BELIEVED = 0.05, 0.3, 4.0
 #: Columns and empty places cannot be told by their amplitudes where these are so many deviations apart, and surely can
 #: where they are so many.
 _ALIKE, _TOLD = 1.0, 3.0
+#: Their means and shares are known when a step moves them by less than this part.
+_SETTLED = 1e-3
 #: What neighbours leave at an empty place, in amplitudes of its class.
 _LEFT = 0.1
 
@@ -261,7 +263,10 @@ def classes(amplitude: Floats, sigma: Floats, kind: NDArray[np.int64], number: i
         excess = total(there * ((amplitude - mean[kind]) ** 2 - sigma**2)) / np.maximum(total(there), 1e-9)
         spread = np.sqrt(np.maximum(excess, 0)).clip(_LEAST_SPREAD * mean, _MOST_SPREAD * mean)
         share = ((total(there) + _BELIEVED) / (count + _BELIEVED)).clip(0.02, 0.995)
+        moved = float(np.abs(mean / known.mean - 1).max() + np.abs(share - known.share).max())
         known = Classes(mean, spread, share)
+        if moved < _SETTLED:
+            break
     return known
 
 
