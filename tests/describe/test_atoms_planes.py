@@ -39,8 +39,8 @@ def test_every_plane_is_found_whole(plane, pixel_pm, turn):
     assert len(named) <= 0.005 * len(true) + 1  # nothing is vacant
 
 
-# peaks of 1.8 counts for the brightest column of a plane: what main sublattices of 8 to 1 leave of the weaker is under
-# two deviations, which nobody can tell from an empty place
+# peaks of 1.8 counts for the brightest column of a plane: an eighth of it (titanium beside lead) is under two
+# deviations, which nobody can tell from an empty place
 LOW_DOSE = {
     "SrTiO3[001]": 0.98,
     "SrTiO3[110]": 0.98,
@@ -80,4 +80,5 @@ def test_vacancies_are_right_where_counts_tell(plane, share):
     recalled, true, seen, named = found(plane, 1e4, 15.0, 0.1, 3, share, 384)
     assert recalled.mean() >= 0.99
     assert true.mean() == 1
-    assert seen.mean() >= 0.85 and named.all()  # next to each other at the field's rim a few are left open
+    # next to each other at the field's rim a few are left open
+    assert seen.sum() >= 0.85 * len(seen) and named.all()

@@ -36,6 +36,8 @@ _FAINTEST, _CERTAIN = 0.1, 6.0
 #: Places with a chance above this are fitted before they are judged again; those on the rim have an amplitude known to
 #: this part.
 _TRIED_CHANCE, _RIM = 0.001, 0.5
+#: So many widths from the border what is cut by it can hide a column.
+_CUT = 8.0
 #: Of all columns so few at most are none, as far as their chances tell.
 _WRONG = 0.003
 #: So many columns without order are no crystal; there is order where this share of them has a lattice.
@@ -63,7 +65,8 @@ class _Found(NamedTuple):
     ordered: bool
 
     def take(self, kept: NDArray[np.bool_]) -> _Found:
-        return _Found(*(of[kept] for of in self[:6]), self.vacant, self.ordered)
+        parts: list[Any] = [of[kept] for of in self[:6]]
+        return _Found._make([*parts, self.vacant, self.ordered])
 
 
 def find_columns(image: NDArray[np.generic], pixel_size_nm: float | None = None) -> Columns:
@@ -168,11 +171,17 @@ def _finished(
     sites = _sites(region, model, weight, pixels, sigma)
     place = sites.position
     amplitude, deviation = _amplitudes(pixels - model.image, weight, place, width)
-    beyond = _spread(filters.negative_laplacian(pixels - model.image, width), 1 / np.maximum(weight, 1e-30), width)
+    beyond = _spread(
+        filters.negative_laplacian(pixels - model.image, width),
+        (1 / np.maximum(weight, 1e-30)).astype(np.float32),
+        width,
+    )
     deviation, sigma = beyond * deviation, beyond * sigma
-    chance, _, expected = _chances(sites, amplitude, deviation, value[:, 2], sigma)
-    tried = (chance > _TRIED_CHANCE) | sites.rim
-    height = np.where(sites.rim, expected, np.maximum(amplitude, 0.02 * value[:, 2].min()))
+    chance, most, usual = _chances(sites, amplitude, deviation, value[:, 2], sigma)
+    # what is beyond the border is in the background so far, and hides what is before it
+    cut = ((place < _CUT * width) | (place > np.array(pixels.shape) - 1 - _CUT * width)).any(axis=1)
+    tried = (chance > _TRIED_CHANCE) | sites.rim | (cut & (sites.kind >= 0) & (most > 0))
+    height = np.where(sites.rim, usual, np.maximum(amplitude, 0.02 * value[:, 2].min()))
     more = np.column_stack([place, height, np.full(len(place), np.log(width))])[tried]
     free = np.where(sites.rim, _RIM * height, np.inf)[tried]
     start = np.concatenate([value, more])
@@ -245,8 +254,10 @@ def _chances(
     sites: _Sites, amplitude: Floats, deviation: Floats, known: Floats, sigma: Floats
 ) -> tuple[Floats, Floats, Floats]:
     """(n,) the chance that a column is at each of ``sites``, where ``amplitude`` (n,) give or take ``deviation`` was
-    measured, at least and (n,) at most, and (n,) what amplitude it would have; by the columns that stood out, whose amplitudes are ``known`` (m,)
-    give or take ``sigma``."""
+    measured, at least and (n,) at most, and (n,) what amplitude it would have.
+
+    By the columns that stood out, whose amplitudes are ``known`` (m,) give or take ``sigma``.
+    """
     tiny = 1e-9 * float(known.max())
     deviation, sigma = np.maximum(deviation, tiny), np.maximum(sigma, tiny)
     most, bright = np.ones(len(amplitude)), np.full(len(amplitude), float(np.median(known)))

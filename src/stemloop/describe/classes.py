@@ -152,7 +152,7 @@ def places(position: Floats, known: list[Crystal], response: Image, width: float
         where, kinds, within, spreads = (np.delete(of, twice, axis=0) for of in (where, kinds, within, spreads))
     if len(where):
         within &= _enclosed(where, everyone)
-    rim = ((where < width) | (where > last - width)).any(axis=1)
+    rim = np.asarray(((where < width) | (where > last - width)).any(axis=1))
     return Places(where, kinds, within & ~rim, spreads, member, np.array(hidden, bool), rim)
 
 
@@ -256,8 +256,8 @@ def _wrapped(coordinates: Floats) -> Floats:
 def _inhabited(
     cell: _Cell, middle: Floats, own: Floats, everyone: cKDTree, shape: tuple[int, ...]
 ) -> tuple[Floats, NDArray[np.bool_]]:
-    """(m, 2) the whole coordinates of the cells that have columns about them, ``everyone`` asked, and (m,) whether these
-    are on all sides. ``middle`` is that of a cell, ``own`` (n, 2) the coordinates of the neighbourhood's columns."""
+    """(m, 2) the whole coordinates of the cells that have columns about them, ``everyone`` asked, and (m,) whether
+    they are on all sides. ``middle`` is that of a cell, ``own`` (n, 2) are the coordinates of the columns."""
     low, high = np.floor(own.min(axis=0)).astype(int) - 2, np.ceil(own.max(axis=0)).astype(int) + 2
     if np.prod(high - low + 1) > 20 * len(own) + 400:
         return np.zeros((0, 2)), np.zeros(0, bool)

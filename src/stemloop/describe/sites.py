@@ -30,12 +30,14 @@ _SURROUNDED = 0.65
 _GROUP, _SMALLEST_GROUP, _ASKED = 400, 40, 100
 #: A vector is judged by so many columns that have room for it, at least.
 _FEWEST_ASKED = 6
-#: Columns of a class differ in amplitude by these parts at least and at most; so many of its places are believed to hold
-#: one before any is looked at.
+#: Columns of a class differ in amplitude by these parts at least and at most; so many of its places are believed to
+#: hold one before any is looked at.
 _LEAST_SPREAD, _MOST_SPREAD, _BELIEVED = 0.05, 0.3, 4.0
 #: Columns and empty places cannot be told by their amplitudes where these are so many deviations apart, and surely can
 #: where they are so many.
 _ALIKE, _TOLD = 1.0, 3.0
+#: Their means and shares are known when a step moves them by less than this part.
+_SETTLED = 1e-3
 #: What neighbours leave at an empty place, in amplitudes of its class.
 _LEFT = 0.1
 
@@ -219,7 +221,7 @@ def occupancy(amplitude: Floats, sigma: Floats, known: Floats) -> float:
 
 
 class Classes(NamedTuple):
-    """Of each class the ``mean`` amplitude of its columns, their ``spread`` and the ``share`` of places that hold one."""
+    """Of each class the ``mean`` amplitude of its columns, their ``spread``, the ``share`` of places that hold one."""
 
     mean: Floats
     spread: Floats
@@ -253,7 +255,7 @@ def classes(amplitude: Floats, sigma: Floats, kind: NDArray[np.int64], number: i
     """
 
     def total(of: Floats) -> Floats:
-        return np.bincount(kind, of, number)
+        return np.asarray(np.bincount(kind, of, number), np.float64)
 
     weight = 1 / (sigma**2 + (0.1 * np.abs(amplitude).mean()) ** 2)
     mean = np.maximum(total(weight * amplitude) / np.maximum(total(weight), 1e-300), 1e-9)
@@ -266,7 +268,10 @@ def classes(amplitude: Floats, sigma: Floats, kind: NDArray[np.int64], number: i
         excess = total(there * ((amplitude - mean[kind]) ** 2 - sigma**2)) / np.maximum(total(there), 1e-9)
         spread = np.sqrt(np.maximum(excess, 0)).clip(_LEAST_SPREAD * mean, _MOST_SPREAD * mean)
         share = ((total(there) + _BELIEVED) / (count + _BELIEVED)).clip(0.02, 0.995)
+        moved = float(np.abs(mean / known.mean - 1).max() + np.abs(share - known.share).max())
         known = Classes(mean, spread, share)
+        if moved < _SETTLED:
+            break
     return known
 
 
