@@ -8,7 +8,7 @@ import numpy as np
 
 from stemloop.reduce.registration.candidates import Piece, candidates, laid
 from stemloop.reduce.registration.canvas import Canvas
-from stemloop.reduce.registration.chain import chained, prior
+from stemloop.reduce.registration.chain import NARROWEST, chained, prior
 from stemloop.reduce.registration.content import Stack
 from stemloop.reduce.registration.outliers import mismatch
 from stemloop.reduce.registration.refinement import Fit, refined
@@ -34,8 +34,7 @@ def agreed(stack: Stack, place: Floats, tell: Callable[[int], None]) -> tuple[li
                 with _Without(stack, canvas, k, fits[k]):
                     found.append(candidates(stack, k, canvas))
                 tell(turn * n + k + 1)
-            chosen, chance = chained(found, stack.shape)
-            places = [found[k].place[chosen[k]] for k in range(n)]
+            places, chance = chained(found, places, stack.shape)
         else:
             _stragglers(stack, fits, canvas, places)
         old, fits = fits, []
@@ -68,9 +67,12 @@ def joined(stack: Stack, fits: list[Fit]) -> Floats:
             best, chance[run] = found.best(_leading(fits, run, placed, found.place, stack.shape))
             step = found.place[best]
             inside = all((np.abs(fits[k].place + step) < np.array(stack.shape) // 2 - 2).all() for k in run)
-            if found.fits and np.abs(step).max() > 1.5 and inside:
-                for k in run:
-                    fits[k] = fits[k]._replace(place=fits[k].place + step)
+            if found.fits and np.abs(step).max() > 1.5:
+                if inside:
+                    for k in run:
+                        fits[k] = fits[k]._replace(place=fits[k].place + step)
+                else:  # it belongs where it cannot be put
+                    chance[run] = 0.0
         for k in run:
             canvas.add(stack, k, fits[k].place)
         placed |= set(run)
@@ -80,11 +82,12 @@ def joined(stack: Stack, fits: list[Fit]) -> Floats:
 def _leading(fits: list[Fit], run: list[int], placed: set[int], step: Floats, shape: tuple[int, int]) -> Floats:
     """(m,) log-density of each ``step`` (m, 2) of a run from the drift or the jumps that lead to it and from it."""
     out = np.zeros(len(step))
+    steps = np.diff(np.array([fit.place for fit in fits]), axis=0)
+    width = np.maximum(1.5 * np.median(np.abs(steps), axis=0) / 0.6745, NARROWEST)
     for end, beside in ((run[0], range(run[0] - 1, -1, -1)), (run[-1], range(run[-1] + 1, len(fits)))):
         near = next((k for k in beside if k in placed), None)
         if near is not None:
-            width = np.full(2, 1.5 * np.sqrt(abs(near - end)))
-            out += prior(fits[end].place + step - fits[near].place, width, shape)
+            out += prior(fits[end].place + step - fits[near].place, width * np.sqrt(abs(near - end)), shape)
     return out
 
 
@@ -108,7 +111,7 @@ def runs(place: Floats) -> list[list[int]]:
         return [[0]]
     middle = np.median(step, axis=0)
     width = np.median(np.abs(step - middle), axis=0) / 0.6745
-    jumps = (np.abs(step - middle) > np.maximum(6 * width, 2.0)).any(axis=1)
+    jumps = (np.abs(step - middle) > np.maximum(6 * width, 2 * NARROWEST)).any(axis=1)
     return [part.tolist() for part in np.split(np.arange(len(place)), np.flatnonzero(jumps) + 1)]
 
 

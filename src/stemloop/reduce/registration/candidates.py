@@ -26,10 +26,13 @@ class Candidates(NamedTuple):
     fits: bool = True
 
     def best(self, prior: Floats | float = 0.0) -> tuple[int, float]:
-        """Number of the likeliest place, and its probability; a place that does not fit has none."""
+        """Number of the likeliest place, and its probability, if ``prior`` (m,) is what is known before; what nothing
+        speaks for, a place out of reach, counts as one more candidate. A place that does not fit has none."""
         whole = self.score + prior
         best = int(whole.argmax())
-        return best, float(np.exp(whole[best] - np.logaddexp.reduce(whole))) if self.fits else 0.0
+        elsewhere = float(np.min(prior))
+        every = np.logaddexp(np.logaddexp.reduce(whole), elsewhere)
+        return best, float(np.exp(whole[best] - every)) if self.fits else 0.0
 
 
 class Piece(NamedTuple):
@@ -89,7 +92,10 @@ def laid(stack: Stack, piece: Piece, canvas: Canvas) -> Candidates:
     usual = product / np.sqrt(shared)
     likely = worse < 60
     spread = max(_spread(usual[overlap > _OVERLAP]), _spread(usual[likely]) if likely.sum() >= 8 else 0.0)
-    score = signal / max(spread**2, 1e-30) * (product - signal * shared / 2) - worse
+    deviation = max(spread, 1e-30) * np.sqrt(shared)
+    # more alike than the specimen can be is chance, not better evidence
+    product = np.minimum(product, signal * shared + deviation)
+    score = signal * shared * (product - signal * shared / 2) / deviation**2 - worse
     rank = np.flatnonzero(likely)
     rank = rank[np.argsort(score.flat[rank])[::-1][:_MOST_CANDIDATES]]
     at = np.column_stack(np.unravel_index(rank, score.shape))

@@ -33,7 +33,8 @@ class Canvas:
     @classmethod
     def empty(cls, shape: tuple[int, int]) -> Canvas:
         wide = (2 * shape[0], 2 * shape[1])
-        return cls(*[np.zeros(wide, dtype=np.float32) for _ in range(4)])
+        total, weight, odd, odd_weight = (np.zeros(wide, dtype=np.float32) for _ in range(4))
+        return cls(total, weight, odd, odd_weight)
 
     def add(self, stack: Stack, k: int, place: Floats, sign: float = 1.0) -> None:
         """Put view ``k`` at ``place``, or take it away with ``sign`` -1."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from stemloop.reduce.registration.candidates import Candidates, candidates
 from stemloop.reduce.registration.canvas import Canvas
@@ -14,13 +13,16 @@ from stemloop.reduce.registration.views import Floats
 
 #: Chance that a frame jumps instead of drifting on.
 _JUMP = 0.01
+#: Least width of a drift from frame to frame [px of a view].
+NARROWEST = 0.3
 
 
 def prior(away: Floats, width: Floats, shape: tuple[int, int]) -> Floats:
-    """Log-density of a step that is ``away`` (m, 2) from the expected one: drift on, or jump, by any order of
-    magnitude alike."""
+    """Log-density of a step that is ``away`` (m, 2) from the expected one: drift on, or jump; beyond a
+    sixteenth of the field by any order of magnitude alike."""
     drift = np.exp(-0.5 * ((away / width) ** 2).sum(axis=1)) / (2 * np.pi * width.prod())
-    jump = 1 / (np.pi * ((away**2).sum(axis=1) + 4) * np.log(1 + max(shape) ** 2 / 4))
+    core, field = (max(shape) / 16) ** 2, max(shape) ** 2 / 4
+    jump = 1 / (np.pi * ((away**2).sum(axis=1) + core) * np.log(1 + field / core))
     return np.asarray(np.log((1 - _JUMP) * drift + _JUMP * jump))
 
 
@@ -46,7 +48,9 @@ def grown(stack: Stack, tell: Callable[[int], None]) -> Floats:
                 canvas.add(stack, k, best)
                 steps = np.diff(np.array(trail[-24:]), axis=0)
                 if len(steps) >= 4:
-                    width = np.maximum(1.5 * np.median(np.abs(steps - np.median(steps, axis=0)), axis=0) / 0.6745, 0.7)
+                    width = np.maximum(
+                        1.5 * np.median(np.abs(steps - np.median(steps, axis=0)), axis=0) / 0.6745, NARROWEST
+                    )
             done += 1
             tell(done)
     return place
@@ -77,18 +81,21 @@ def _fits(stack: Stack, k: int, canvas: Canvas, place: Floats) -> bool:
     return float((view * seen).sum()) > float((seen**2 * (known > 0.9)).sum()) / 3
 
 
-def chained(found: list[Candidates], shape: tuple[int, int]) -> tuple[NDArray[np.int64], Floats]:
-    """The likeliest candidate of each view by forward-backward sums along the stack, and its probability.
+def chained(found: list[Candidates], now: list[Floats], shape: tuple[int, int]) -> tuple[list[Floats], Floats]:
+    """The likeliest place of each view by forward-backward sums along the stack, and its probability.
 
     A step between neighbours is a drift, as wide as the middle of the shortest steps from best candidates, or a jump.
+    One view near the middle stays where it is (``now``, (2,) of each): probabilities are of places against its own.
     """
+    found = _pinned(found, now)
     best = [f.place[int(f.score.argmax())] for f in found]
     # on a lattice the best of two neighbours may be far apart by chance: the shortest way says how wide the drift is
     steps = [other.place - one for one, other in zip(best, found[1:], strict=False)]
     step = np.array([away[int((away**2).sum(axis=1).argmin())] for away in steps])
-    drift = np.median(step, axis=0) if len(step) else np.zeros(2)
-    spread = np.median(np.abs(step - drift), axis=0) / 0.6745 if len(step) else np.ones(2)
-    width = np.maximum(1.5 * spread, 0.7)
+    drift, width = np.zeros(2), np.full(2, 2.0)
+    if len(step) > 2:
+        drift = np.median(step, axis=0)
+        width = np.maximum(1.5 * np.median(np.abs(step - drift), axis=0) / 0.6745, NARROWEST)
 
     def passed(one: Candidates, weight: Floats, other: Candidates, sign: float) -> Floats:
         away = other.place[:, None, :] - one.place[None, :, :] - sign * drift
@@ -101,9 +108,20 @@ def chained(found: list[Candidates], shape: tuple[int, int]) -> tuple[NDArray[np
         ahead[k] = passed(found[k - 1], ahead[k - 1] + found[k - 1].score, found[k], 1.0)
     for k in range(n - 2, -1, -1):
         back[k] = passed(found[k + 1], back[k + 1] + found[k + 1].score, found[k], -1.0)
-    chosen, chance = np.zeros(n, dtype=np.int64), np.zeros(n)
+    chosen, chance = list[Floats](), np.zeros(n)
     for k in range(n):
         whole = found[k].score + ahead[k] + back[k]
-        chosen[k] = int(whole.argmax())
+        chosen.append(found[k].place[int(whole.argmax())])
         chance[k] = float(np.exp(whole.max() - np.logaddexp.reduce(whole)))
     return chosen, chance
+
+
+def _pinned(found: list[Candidates], now: list[Floats]) -> list[Candidates]:
+    """The candidates, but of one view near the middle only the one where it is, unless another place is better."""
+    for k in sorted(range(len(found)), key=lambda k: abs(k - len(found) // 2)):
+        one = found[k]
+        away = ((one.place - now[k]) ** 2).sum(axis=1)
+        here = int(away.argmin())
+        if one.fits and away[here] < 1 and one.score[here] > one.score.max() - 1:
+            return [*found[:k], Candidates(one.place[here : here + 1], one.score[here : here + 1]), *found[k + 1 :]]
+    return found

@@ -127,7 +127,8 @@ def _between_spots(power: Floats, noise: float) -> Thin:
 def _still(flat: Thin, taper: Thin) -> Thin:
     """What stands still in all views while something else moves: spots whose phase is the same in all of them.
 
-    A lattice that drifts turns the phases of its spots; nothing is taken off unless spots along two directions do.
+    A lattice that drifts turns the phases of its spots, the finer the more. From those that turn follows how far it
+    moves; what it would have turned and is not turned stands still.
     """
     n, rows, columns = flat.shape
     none = np.zeros((rows, columns), dtype=np.float32)
@@ -145,12 +146,15 @@ def _still(flat: Thin, taper: Thin) -> Thin:
     alike = np.abs(total / n) ** 2 / np.maximum(power, 1e-30)
     fixed = spots & (alike > 0.97 - 2 * around / power)
     moving = spots & (alike < 0.6 * (1 - around / power))
-    where = np.argwhere(moving).astype(np.float64)
-    if not fixed.any() or len(where) < 2:
+    if not fixed.any() or moving.sum() < 3:
         return none
-    where[:, 0] = np.where(where[:, 0] > rows / 2, where[:, 0] - rows, where[:, 0])
-    spread = np.linalg.svd(where * np.sqrt(power[moving])[:, None], compute_uv=False)
-    if spread[1] < 0.1 * spread[0]:
+    # phases that Gaussian displacements of covariance C turn: alike = exp(-(2 pi)^2 g C g)
+    down, across = np.fft.fftfreq(rows)[:, None], np.fft.rfftfreq(columns)[None, :]
+    terms = (2 * np.pi) ** 2 * np.stack(np.broadcast_arrays(down**2, across**2, 2 * down * across), axis=-1)
+    turned = -np.log(np.clip(alike, 0.05, 1.0))
+    found, _, rank, _ = np.linalg.lstsq(terms[moving], turned[moving], rcond=0.02)
+    fixed &= terms @ found > 1.5  # had it moved with the others it would be turned, too
+    if rank < 3 or not fixed.any():
         return none
     kept = ndimage.binary_dilation(fixed, np.ones((7, 7), bool)) & ~ndimage.binary_dilation(
         moving, np.ones((3, 3), bool)

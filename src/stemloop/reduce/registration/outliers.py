@@ -30,10 +30,10 @@ def unlike(reasons: list[str], views: Thin) -> list[str]:
 
 def mismatch(fit: Fit, stack: Stack) -> str:
     """Why a refined view is an outlier, or nothing."""
-    if (np.abs(fit.place) > np.array(stack.shape) // 2 - 1).any():
-        return "beyond reach: more than half a field away"
     if fit.strength < 0.3:
         return "matches no other frame"
+    if (np.abs(fit.place) > np.array(stack.shape) // 2 - 1).any():
+        return "beyond reach: more than half a field away"
     if fit.alike < 0.7:
         return f"corrupt: {100 * (1 - fit.alike):.0f} % of its area does not match the other frames"
     return ""

@@ -139,8 +139,11 @@ class Registration:
 
     shift : (n, 2) (row, col) [px]: frame k shows at place p what the common frame shows at ``p - shift[k]``; NaN for
         outliers. Gauge: the median of all shifts is zero. sigma : (n, 2) 1-sigma deviations [px], from the residuals
-        (robust against uneven noise and lines that move together). p : (n,) probability that the frame is not a
-        lattice vector, or anything else, away. outlier : (n,) bool. reason : for each outlier why it is one, else "".
+        (robust against uneven noise and lines that move together).
+    p : (n,) probability that the frame is not a lattice vector, or anything else, away from the longest run of frames
+        without a jump. Of a perfect crystal that jumps nobody can know: p is low there, and the average does not
+        suffer, since the crystal repeats.
+    outlier : (n,) bool. reason : for each outlier why it is one, else "".
     pattern : (rows, columns) what stands still in all frames while the specimen moves, such as lines of the scan (its
         mean is zero), or None. reference : what single frames can be registered to, see :func:`shift_of`.
     """
