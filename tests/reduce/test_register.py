@@ -15,6 +15,7 @@ from reduce.moving import bound, stack
 from stemloop.core.errors import InputError
 from stemloop.describe.atoms import find_columns
 from stemloop.reduce.register import average, placed, register, shift_of, view_of, view_shape
+from stemloop.simulate import pictures
 
 DATA = Path(os.environ.get("STEMLOOP_DATA") or Path(__file__).parents[2] / "../shared/data")
 real = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real files: {DATA} is not there (set STEMLOOP_DATA)")
@@ -107,6 +108,53 @@ def test_lines_of_the_scan_that_stand_still_do_not_hold_the_shifts():
     at = round(rim.sum() / 7.3)
     stripes = np.abs(np.fft.rfft(expected[rim] * np.hanning(rim.sum())))[at]
     assert spectrum[at] < 0.15 * stripes
+
+
+def perfect(n, jump, seed, size=160, dose=1e3):
+    """Frames of a crystal that repeats exactly: a slow walk, and a ``jump`` half way."""
+    rng = np.random.default_rng(seed)
+    layout = pictures.layout("SrTiO3[001]", (size, size), 15.0, 0.04, margin=-90.0)
+    shift = np.cumsum(rng.normal(0, 0.3, (n, 2)), axis=0)
+    shift[n // 2 :] += jump
+    return shift, np.array([pictures.counted(pictures.mean_image(layout, dose, shift=tuple(s)), rng) for s in shift])
+
+
+def modulo(away, cell=390.5 / 15, angle=0.04):
+    """(n, 2) distances from the nearest lattice vector."""
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    part = away @ turn.T / cell
+    part -= np.rint(part)
+    return part @ turn * cell
+
+
+def test_a_perfect_crystal_that_jumps_is_left_open_and_its_average_is_right():
+    shift, frames = perfect(16, (18.0, -16.0), seed=7)
+    found = register(frames)
+    assert not found.outlier.any()
+    jumped = found.p[8:] if found.p[:8].mean() > found.p[8:].mean() else found.p[:8]
+    assert jumped.max() < 0.9
+    away = found.shift - shift
+    assert np.abs(modulo(away - away[0])).max() < 0.5  # 0.08 px a frame, two frames, 4 deviations
+    mean = average(frames, found)
+    inner = (slice(60, 100), slice(60, 100))
+    layout = pictures.layout("SrTiO3[001]", (160, 160), 15.0, 0.04, margin=-90.0)
+    gauge = np.median(modulo(away - away[0]), axis=0) + away[0]
+    expected = pictures.mean_image(layout, 1e3, shift=tuple(-gauge))
+    rest = (mean.image - expected)[inner]
+    noise = np.sqrt((expected[inner] / mean.weight[inner]).mean())
+    assert np.sqrt((rest**2).mean()) < 1.15 * noise  # as if no frame had been misplaced
+
+
+def test_a_slow_drift_of_a_perfect_crystal_is_no_pattern_that_stands_still():
+    for seed in (100, 101):
+        shift, frames = perfect(24, 0.0, seed)
+        found = register(frames)
+        assert found.pattern is None and not found.reference.still.any()
+        away = error(found, shift)
+        for axis in (0, 1):
+            slope = np.polyfit(shift[:, axis] - shift[:, axis].mean(), away[:, axis], 1)[0]
+            assert abs(slope) < 0.05  # what stands still would hold the shifts back
+        assert np.sqrt((away**2).mean()) < 0.12
 
 
 def test_images_without_a_lattice_are_registered_too():

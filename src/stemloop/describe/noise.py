@@ -33,7 +33,8 @@ def noise_of(parts: Iterable[tuple[Image, NDArray[np.bool_]]]) -> Noise:
 
     What passes the filter has, at each pixel, the variance of the noise averaged with the squared filter; so it is
     compared with the intensity averaged likewise (after J. Immerkaer, Comput. Vis. Image Underst. 64 (1996) 300,
-    doi:10.1006/cviu.1996.0060, with differences of higher order, so that narrow columns do not pass).
+    doi:10.1006/cviu.1996.0060, with differences of higher order, so that narrow columns do not pass). Unlike
+    ``core.noise``, which reads the spectrum of a whole image, this looks at parts with missing pixels.
     """
     seen, span = [], 0.0
     for part, measured in parts:

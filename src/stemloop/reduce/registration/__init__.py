@@ -1,0 +1,1 @@
+"""The rooms of :mod:`stemloop.reduce.register`, by what the frames become."""

@@ -1,0 +1,140 @@
+"""One answer for the whole stack: frames against all others, along the chain, and runs of frames as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from stemloop.reduce.registration.candidates import Piece, candidates, laid
+from stemloop.reduce.registration.canvas import Canvas
+from stemloop.reduce.registration.chain import NARROWEST, chained, prior
+from stemloop.reduce.registration.content import Stack
+from stemloop.reduce.registration.outliers import mismatch
+from stemloop.reduce.registration.refinement import Fit, refined
+from stemloop.reduce.registration.views import Floats
+
+ROUNDS = 3
+#: With more jumps than this frames are only asked one by one.
+_MOST_RUNS = 40
+
+
+def agreed(stack: Stack, place: Floats, tell: Callable[[int], None]) -> tuple[list[Fit], Floats, Canvas]:
+    """All views asked again against all others, weighed along the chain, and refined."""
+    n = len(stack)
+    chance = np.ones(n)
+    fits = [Fit(p, np.full(2, np.nan), 1.0, 1.0) for p in place]
+    whole = np.ones(n)
+    canvas = summed(stack, fits)
+    for turn in range(ROUNDS):
+        places = [fit.place for fit in fits]
+        if turn < ROUNDS - 1:
+            found = []
+            for k in range(n):
+                with _Without(stack, canvas, k, fits[k]):
+                    found.append(candidates(stack, k, canvas))
+                tell(turn * n + k + 1)
+            places, chance = chained(found, places, stack.shape)
+        else:
+            _stragglers(stack, fits, canvas, places)
+        old, fits = fits, []
+        for k in range(n):
+            with _Without(stack, canvas, k, old[k]):
+                fits.append(refined(stack, k, canvas, places[k]))
+        if turn < ROUNDS - 1:
+            whole = joined(stack, fits)
+        canvas = summed(stack, fits)
+    tell(ROUNDS * n)
+    return fits, chance * whole, canvas
+
+
+def joined(stack: Stack, fits: list[Fit]) -> Floats:
+    """Runs of frames between jumps, the longest first, each asked as a whole against those before it and put where it
+    belongs: what one frame leaves open its run may tell. ``fits`` is changed; (n,) the probability of each run's place
+    against that of the longest."""
+    chance = np.ones(len(fits))
+    parts = [[k for k in run if not mismatch(fits[k], stack)] for run in runs(np.array([fit.place for fit in fits]))]
+    parts = sorted((part for part in parts if part), key=len, reverse=True)
+    if len(parts) > _MOST_RUNS:
+        return chance
+    canvas, placed = Canvas.empty(stack.shape), set[int]()
+    for number, run in enumerate(parts):
+        if number:
+            piece = Canvas.empty(stack.shape)
+            for k in run:
+                piece.add(stack, k, fits[k].place)
+            found = laid(stack, Piece(piece.total, piece.weight, piece.odd, piece.odd_weight), canvas)
+            best, chance[run] = found.best(_leading(fits, run, placed, found.place, stack.shape))
+            step = found.place[best]
+            inside = all((np.abs(fits[k].place + step) < np.array(stack.shape) // 2 - 2).all() for k in run)
+            if found.fits and np.abs(step).max() > 1.5:
+                if inside:
+                    for k in run:
+                        fits[k] = fits[k]._replace(place=fits[k].place + step)
+                else:  # it belongs where it cannot be put
+                    chance[run] = 0.0
+        for k in run:
+            canvas.add(stack, k, fits[k].place)
+        placed |= set(run)
+    return chance
+
+
+def _leading(fits: list[Fit], run: list[int], placed: set[int], step: Floats, shape: tuple[int, int]) -> Floats:
+    """(m,) log-density of each ``step`` (m, 2) of a run from the drift or the jumps that lead to it and from it."""
+    out = np.zeros(len(step))
+    steps = np.diff(np.array([fit.place for fit in fits]), axis=0)
+    width = np.maximum(1.5 * np.median(np.abs(steps), axis=0) / 0.6745, NARROWEST)
+    for end, beside in ((run[0], range(run[0] - 1, -1, -1)), (run[-1], range(run[-1] + 1, len(fits)))):
+        near = next((k for k in beside if k in placed), None)
+        if near is not None:
+            out += prior(fits[end].place + step - fits[near].place, width * np.sqrt(abs(near - end)), shape)
+    return out
+
+
+def _stragglers(stack: Stack, fits: list[Fit], canvas: Canvas, places: list[Floats]) -> None:
+    """A view alone away from both its neighbours, which stay together, may be one of which a part is lost: if it also
+    fits, in part, where they are, that is its place."""
+    for k in range(1, len(fits) - 1):
+        before, after = fits[k - 1].place, fits[k + 1].place
+        near = (before + after) / 2
+        if np.abs(after - before).max() > 2 or np.abs(fits[k].place - near).max() < 4:
+            continue
+        fit = refined(stack, k, canvas, near)
+        if fit.strength > 0.2 and fit.alike > 0.2 and np.abs(fit.place - near).max() < 2:
+            places[k] = near
+
+
+def runs(place: Floats) -> list[list[int]]:
+    """Numbers of views (n, 2) in runs that no jump interrupts."""
+    step = np.diff(place, axis=0)
+    if not len(step):
+        return [[0]]
+    middle = np.median(step, axis=0)
+    width = np.median(np.abs(step - middle), axis=0) / 0.6745
+    jumps = (np.abs(step - middle) > np.maximum(6 * width, 2 * NARROWEST)).any(axis=1)
+    return [part.tolist() for part in np.split(np.arange(len(place)), np.flatnonzero(jumps) + 1)]
+
+
+class _Without:
+    """The canvas without one view, for a while."""
+
+    def __init__(self, stack: Stack, canvas: Canvas, k: int, fit: Fit) -> None:
+        self.stack, self.canvas, self.k, self.fit = stack, canvas, k, fit
+        self.used = not mismatch(fit, stack) and len(stack) > 1
+
+    def __enter__(self) -> None:
+        if self.used:
+            self.canvas.add(self.stack, self.k, self.fit.place, -1.0)
+
+    def __exit__(self, *error: object) -> None:
+        if self.used:
+            self.canvas.add(self.stack, self.k, self.fit.place)
+
+
+def summed(stack: Stack, fits: list[Fit]) -> Canvas:
+    """All views that are no outliers on one canvas."""
+    canvas = Canvas.empty(stack.shape)
+    for k, fit in enumerate(fits):
+        if not mismatch(fit, stack):
+            canvas.add(stack, k, fit.place)
+    return canvas
