@@ -25,7 +25,7 @@ _DOUBLED = 1.2
 #: been sought, which is as good as some forty places (R. J. Adler, 1981, doi:10.1137/1.9780898718980).
 _FALSE = 0.3 / 40
 #: Deviations of its amplitude that a column of a lattice has at least.
-_SIGNIFICANT = 4.0
+_SIGNIFICANT = 3.0
 #: A place that stands out by fewer deviations is not fitted.
 _LEAST = 2.0
 #: So many pixels a side tell the noise's spectrum.
@@ -45,7 +45,7 @@ def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Colu
     The columns whose fits are to be believed, and (m,) which of the places each is: not run away, not doubled, not far
     too wide or narrow, and with more light in the core than counting noise would hold by chance somewhere in the
     image: more than on the mean around, or, where the columns have a lattice, more than on the fitted background, and
-    an amplitude of more than four deviations.
+    an amplitude of more than three deviations.
 
     Raises
     ------
@@ -167,7 +167,7 @@ def _connected(residual: Image, width: float) -> float:
     [px]; at least 1, which white noise has.
 
     A Gaussian's place is told by frequencies around 1 / (2 pi width), but there the fit has taken its part of the
-    residual. So the power is read at two and three times that frequency, and follows from there as that of smoothed
+    residual. So the power is read at 2.5 and 3.5 times that frequency, and follows from there as that of smoothed
     noise does: its logarithm is a line in the squared frequency.
     """
     part = residual[tuple(slice(max(0, n // 2 - _SAMPLE // 2), n // 2 + _SAMPLE // 2) for n in residual.shape)]
@@ -177,7 +177,8 @@ def _connected(residual: Image, width: float) -> float:
 
     def ring(middle: float) -> float:
         there = power[(frequency > middle - 0.4) & (frequency < middle + 0.4)]
-        return float(there.mean()) if there.size else 1.0
+        return float(there.mean()) if there.size else 0.0
 
-    second, third = ring(2.0), ring(3.0)
-    return float(np.sqrt(max(1.0, second * max(1.0, second / max(third, 1e-9)) ** 0.6)))
+    near, far = ring(2.5), ring(3.5)
+    fall = max(1.0, near / far) if far > 0 else 1.0
+    return float(np.sqrt(max(1.0, near * fall ** ((2.5**2 - 1) / (3.5**2 - 2.5**2)))))
