@@ -1,7 +1,7 @@
 """From an image to its atom columns by a network: an ensemble sees them, Gaussians say where they are.
 
 The other finder (:mod:`stemloop.describe.atoms`) asks the noise what is a column; this one has learnt it from simulated
-images, which helps where the background is not smooth: single atoms on an amorphous support. The interface is the same.
+images, so that the two are opinions of different kinds. The interface is the same.
 docs/reference/model-card-atoms.md tells what the network was trained on and how far it can be trusted.
 """
 
