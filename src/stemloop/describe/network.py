@@ -26,9 +26,8 @@ from stemloop.describe import gaussians
 from stemloop.describe.fitting import reach_of
 from stemloop.describe.noise import noise_of
 from stemloop.describe.raster import Raster, raster_of
-from stemloop.describe.refining import refine
+from stemloop.describe.refining import refine, sites_of
 from stemloop.describe.scale import scale_of
-from stemloop.describe.sites import expected
 from stemloop.learn.atomnet import DIVISOR
 from stemloop.learn.atomnet_calibrate import Joined, believed, join, novelty
 from stemloop.learn.atomnet_image import CELL, WIDTH, from_network, normalised, resampled
@@ -129,7 +128,7 @@ class AtomNetwork:
         wide = columns.width[:, None]
         far = (columns.position >= wide) & (columns.position <= np.array(pixels.shape) - 1 - wide)
         inside = np.asarray(far.all(axis=1))
-        sites = expected(columns.position, pixels.shape, width)
+        sites = sites_of(columns.position, pixels.shape, width)
         vacant = sites.position[sites.within]
         columns = replace(columns, sigma=np.hypot(columns.sigma, spread), p_present=chance, vacant=vacant)
         return Found(_take(columns, inside), members[inside], novelty(features, self.card["usual"]), width)

@@ -15,7 +15,7 @@ from stemloop.describe.brightness import sublattices
 from stemloop.describe.gaussians import Floats, Image
 from stemloop.describe.noise import Noise, noise_of
 from stemloop.describe.raster import raster_of
-from stemloop.describe.sites import expected
+from stemloop.describe.sites import Sites, expected
 
 #: A fit is believed up to so many widths from its place, and this many times wider or narrower than told.
 _NEAR, _ALIKE = 1.5, 2.2
@@ -83,7 +83,7 @@ def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Colu
     mean, count, _ = gaussians.core_means(value, pixels, there, 1.5 * np.exp(value[:, 3]))
     limit = np.log(_FALSE * 4 * np.pi * width_px**2 / pixels.size)
     light = _by_chance(mean, count, under, pixels, noise) < limit
-    if expected(value[good & light, :2], pixels.shape, width_px).spread:
+    if sites_of(value[good & light, :2], pixels.shape, width_px).spread:
         light &= value[:, 2] > _SIGNIFICANT * sigma[:, 2]
     else:
         around = filters.smooth(pixels, 6 * width_px)[tuple(_pixels(value, pixels.shape).T)]
@@ -103,6 +103,12 @@ def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Colu
         measured=part / np.maximum(whole, 1),
     )
     return columns, index[good]
+
+
+def sites_of(position: Floats, shape: tuple[int, ...], width_px: float) -> Sites:
+    """Where the lattice of the columns at ``position`` (n, 2) [px] expects another one; see
+    :func:`stemloop.describe.sites.expected`."""
+    return expected(position, shape, width_px)
 
 
 def _visible(pixels: Image, soft: Image, noise: Noise, position: Floats, width: float) -> NDArray[np.bool_]:
