@@ -48,7 +48,7 @@ def example(seed: int, part: int, number: int) -> tuple[Example, str]:
     small = normalised(small)
     corner = np.array([rng.integers(n - SIDE + 1) for n in small.shape])
     cut = small[corner[0] : corner[0] + SIDE, corner[1] : corner[1] + SIDE]
-    position = to_network(made.shown, exact) - corner
+    position = to_network(made.position, exact) - corner
     log_width = np.log(made.width * exact.mean() / WIDTH)
     near = ((position > -CLOSE) & (position < SIDE - 1 + CLOSE)).all(axis=1)
     return Example(cut, position[near], log_width[near]), made.kind

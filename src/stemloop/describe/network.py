@@ -1,7 +1,7 @@
 """From an image to its atom columns by a network: an ensemble sees them, Gaussians say where they are.
 
 The other finder (:mod:`stemloop.describe.atoms`) asks the noise what is a column; this one has learnt it from simulated
-images, which helps where the background is not smooth: single atoms on an amorphous support. The interface is the same.
+images, so that the two are opinions of different kinds. The interface is the same.
 docs/reference/model-card-atoms.md tells what the network was trained on and how far it can be trusted.
 """
 
@@ -26,9 +26,8 @@ from stemloop.describe import gaussians
 from stemloop.describe.fitting import reach_of
 from stemloop.describe.noise import noise_of
 from stemloop.describe.raster import Raster, raster_of
-from stemloop.describe.refining import refine
+from stemloop.describe.refining import refine, sites_of
 from stemloop.describe.scale import scale_of
-from stemloop.describe.sites import expected, neighbourhoods
 from stemloop.learn.atomnet import DIVISOR
 from stemloop.learn.atomnet_calibrate import Joined, believed, join, novelty
 from stemloop.learn.atomnet_image import CELL, WIDTH, from_network, normalised, resampled
@@ -129,8 +128,7 @@ class AtomNetwork:
         wide = columns.width[:, None]
         far = (columns.position >= wide) & (columns.position <= np.array(pixels.shape) - 1 - wide)
         inside = np.asarray(far.all(axis=1))
-        around = neighbourhoods(columns.position, pixels.shape)
-        sites = expected(columns.position, around, pixels.shape, width)
+        sites = sites_of(columns.position, pixels.shape, width)
         vacant = sites.position[sites.within]
         columns = replace(columns, sigma=np.hypot(columns.sigma, spread), p_present=chance, vacant=vacant)
         return Found(_take(columns, inside), members[inside], novelty(features, self.card["usual"]), width)

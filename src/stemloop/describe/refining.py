@@ -15,7 +15,7 @@ from stemloop.describe.brightness import sublattices
 from stemloop.describe.gaussians import Floats, Image
 from stemloop.describe.noise import Noise, noise_of
 from stemloop.describe.raster import raster_of
-from stemloop.describe.sites import expected, neighbourhoods
+from stemloop.describe.sites import Sites, expected, neighbourhoods
 
 #: A fit is believed up to so many widths from its place, and this many times wider or narrower than told.
 _NEAR, _ALIKE = 1.5, 2.2
@@ -25,7 +25,7 @@ _DOUBLED = 1.2
 #: been sought, which is as good as some forty places (R. J. Adler, 1981, doi:10.1137/1.9780898718980).
 _FALSE = 0.3 / 40
 #: Deviations of its amplitude that a column of a lattice has at least.
-_SIGNIFICANT = 4.0
+_SIGNIFICANT = 3.0
 #: A place that stands out by fewer deviations is not fitted.
 _LEAST = 2.0
 #: So many pixels a side tell the noise's spectrum.
@@ -45,7 +45,7 @@ def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Colu
     The columns whose fits are to be believed, and (m,) which of the places each is: not run away, not doubled, not far
     too wide or narrow, and with more light in the core than counting noise would hold by chance somewhere in the
     image: more than on the mean around, or, where the columns have a lattice, more than on the fitted background, and
-    an amplitude of more than four deviations.
+    an amplitude of more than three deviations.
 
     Raises
     ------
@@ -83,8 +83,7 @@ def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Colu
     mean, count, _ = gaussians.core_means(value, pixels, there, 1.5 * np.exp(value[:, 3]))
     limit = np.log(_FALSE * 4 * np.pi * width_px**2 / pixels.size)
     light = _by_chance(mean, count, under, pixels, noise) < limit
-    clear = value[good & light, :2]
-    if expected(clear, neighbourhoods(clear, pixels.shape), pixels.shape, width_px).spread:
+    if sites_of(value[good & light, :2], pixels.shape, width_px).spread:
         light &= value[:, 2] > _SIGNIFICANT * sigma[:, 2]
     else:
         around = filters.smooth(pixels, 6 * width_px)[tuple(_pixels(value, pixels.shape).T)]
@@ -104,6 +103,12 @@ def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Colu
         measured=part / np.maximum(whole, 1),
     )
     return columns, index[good]
+
+
+def sites_of(position: Floats, shape: tuple[int, ...], width_px: float) -> Sites:
+    """Where the lattice of the columns at ``position`` (n, 2) [px] expects another one; see
+    :func:`stemloop.describe.sites.expected`."""
+    return expected(position, neighbourhoods(position, shape), shape, width_px)
 
 
 def _visible(pixels: Image, soft: Image, noise: Noise, position: Floats, width: float) -> NDArray[np.bool_]:
@@ -168,7 +173,7 @@ def _connected(residual: Image, width: float) -> float:
     [px]; at least 1, which white noise has.
 
     A Gaussian's place is told by frequencies around 1 / (2 pi width), but there the fit has taken its part of the
-    residual. So the power is read at two and three times that frequency, and follows from there as that of smoothed
+    residual. So the power is read at 2.5 and 3.5 times that frequency, and follows from there as that of smoothed
     noise does: its logarithm is a line in the squared frequency.
     """
     part = residual[tuple(slice(max(0, n // 2 - _SAMPLE // 2), n // 2 + _SAMPLE // 2) for n in residual.shape)]
@@ -178,7 +183,8 @@ def _connected(residual: Image, width: float) -> float:
 
     def ring(middle: float) -> float:
         there = power[(frequency > middle - 0.4) & (frequency < middle + 0.4)]
-        return float(there.mean()) if there.size else 1.0
+        return float(there.mean()) if there.size else 0.0
 
-    second, third = ring(2.0), ring(3.0)
-    return float(np.sqrt(max(1.0, second * max(1.0, second / max(third, 1e-9)) ** 0.6)))
+    near, far = ring(2.5), ring(3.5)
+    fall = max(1.0, near / far) if far > 0 else 1.0
+    return float(np.sqrt(max(1.0, near * fall ** ((2.5**2 - 1) / (3.5**2 - 2.5**2)))))
