@@ -46,6 +46,10 @@ _MANY, _ORDERED = 15, 0.15
 _WAVES = 0.3
 #: Of a column's core at least this share must have been measured.
 _LEAST_MEASURED = 0.35
+#: A place of the crystal holds a column in more than this share of cells; where fewer do, the others lack nothing.
+_MOSTLY = 0.5
+#: A vacant place is further from all columns than this part of the distance of nearest neighbours.
+_ROOM = 0.7
 #: A region is searched with so many widths of the image around it, for its columns' neighbours.
 _AROUND = 20.0
 
@@ -203,9 +207,19 @@ def _finished(
     least = np.where(np.arange(len(start)) >= n, 0.0, _STILL_SIGNIFICANT)
     sound = np.concatenate([np.ones(n, bool), taken[tried]])
     good = _believable(fitted, sigma, width, pixels.shape, least, placed, sound) & (chances > 0.5)
-    vacant = place[(most < 0.5) & sites.within]
+    vacant = _roomy(place[(most < 0.5) & sites.within], fitted[good, :2])
     part, under = count / np.maximum(whole, 1), model.under(fitted[:, :2])
     return _Found(fitted, sigma, under, chances, part, placed, vacant, sites.ordered).take(good)
+
+
+def _roomy(vacant: Floats, position: Floats) -> Floats:
+    """Those of the ``vacant`` places that have the room of a column: nearer to one of ``position`` than columns are to
+    each other, a place belongs to a cell that is not there, as beside the cut of a dislocation."""
+    if len(vacant) == 0 or len(position) < 2:
+        return vacant
+    tree = cKDTree(position)
+    apart = float(np.median(np.asarray(tree.query(position, 2)[0])[:, 1]))
+    return vacant[np.asarray(tree.query(vacant)[0]) > _ROOM * apart]
 
 
 class _Sites(NamedTuple):
@@ -280,7 +294,7 @@ def _chances(
             bounded = like._replace(share=share)
             of[classed] = np.where(real[kind], bounded.presence(amplitude[classed], deviation[classed], kind), 0.0)
         bright[classed] = np.where(real[kind], like.mean[kind], tiny)
-        within[classed] &= real[kind]
+        within[classed] &= (real & (like.share > _MOSTLY))[kind]
     return chance, most, bright
 
 
