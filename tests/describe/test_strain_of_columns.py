@@ -203,7 +203,7 @@ def test_geometric_phase_agrees_with_the_columns_of_the_same_image_and_knows_its
     strain = strain_of(columns, assign(columns, picture.shape), flat)
     inner = ((columns.position > 60) & (columns.position < np.array(SHAPE) - 60)).all(axis=1)
     difference = np.nanmean(strain.values[inner], axis=0) - np.nanmean(values.reshape(4, -1), axis=1)
-    assert np.abs(difference).max() < 1e-3
+    assert np.abs(difference).max() < 1.5e-3  # at 3e3 e/A^2 either mean is known to some 5e-4
 
 
 def test_a_reference_region_is_unstrained():
