@@ -413,7 +413,7 @@ def test_the_particle_is_one_grain():
 @pytest.mark.parametrize(("number", "spacing"), [(1, 21.4), (2, 21.1)])
 def test_molybdenum_disulphide(number, spacing):
     _, _, answer = answered(f"SciLink/MoS2_stem_Exp-00{number}-5.npy")
-    # where noise hides the sulphur of the second image, the molybdenum alone may be called a grain; its cell is the same
+    # where noise hides the sulphur of the second image the molybdenum alone may be called a grain, of the same cell
     assert len(answer.grains) <= number and (answer.grain == 0).mean() > 0.7
     for grain in answer.grains:
         area = abs(np.linalg.det(grain.vectors))
