@@ -165,3 +165,9 @@ def test_a_large_image_needs_little_memory():
     assert (distance < 3).mean() > 0.9999
     sigma = np.median(small.sigma)
     assert np.sqrt(np.mean((found.position[which] - wanted)[distance < 3] ** 2)) < 0.4 * sigma
+
+
+def test_pixels_far_larger_than_atoms_show_few_or_none():
+    rng = np.random.default_rng(0)
+    image = rng.poisson(50 + 20 * np.kron(rng.random((16, 16)), np.ones((16, 16)))).astype(float)  # grains, 5 nm a pixel
+    assert len(find_columns(image, 5.3)) <= 3

@@ -77,7 +77,8 @@ def scale_of_spots(parts: list[Image], noise: Noise, pixel_size_nm: float | None
 
 
 def _skewness(part: Image, noise: Noise, width: float) -> float:
-    z = filters.outstanding(part, noise.variance(filters.smooth(part, width)), width)[:: int(width), :: int(width)]
+    step = max(1, int(width))
+    z = filters.outstanding(part, noise.variance(filters.smooth(part, width)), width)[::step, ::step]
     return float((z**3).mean() / (z**2).mean() ** 1.5)
 
 
