@@ -169,5 +169,5 @@ def test_a_large_image_needs_little_memory():
 
 def test_pixels_far_larger_than_atoms_show_few_or_none():
     rng = np.random.default_rng(0)
-    image = rng.poisson(50 + 20 * np.kron(rng.random((16, 16)), np.ones((16, 16)))).astype(float)  # grains, 5 nm a pixel
+    image = rng.poisson(50 + 20 * np.kron(rng.random((16, 16)), np.ones((16, 16)))).astype(float)
     assert len(find_columns(image, 5.3)) <= 3
