@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from stemloop.commands.progress import bars
 from stemloop.core.errors import InputError
 
 
@@ -41,21 +42,12 @@ def _analyze(words: argparse.Namespace) -> int:
         return _work(words)
     if words.file is None or words.out is None:
         raise InputError("name a file and a folder: stemloop analyze FILE --out DIR.")
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
     from stemloop.campaign.images import analyze
 
-    console = Console(stderr=True)
     columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def tell(title: str, done: int, total: int) -> None:
-            if title not in tasks:
-                tasks[title] = bars.add_task(title, total=total)
-            bars.update(tasks[title], completed=done, total=total)
-
+    with bars(*columns) as tell:
         found = analyze(
             words.file,
             words.out,

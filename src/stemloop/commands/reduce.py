@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from stemloop.commands.progress import bars
 from stemloop.core.errors import InputError, UnreadableFile
 
 
@@ -40,15 +41,11 @@ def add(verbs: Any) -> None:
 
 
 def _reduce(words: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import Progress
-
     from stemloop.campaign import reduction
 
     def times(value: float | None, factor: float) -> float | None:
         return None if value is None else value * factor
 
-    console = Console(stderr=True)
     rings, masks = _each_once(map(_ring, words.ring)), _each_once(map(_mask, words.mask))
     known = {
         "pixel_rad": times(words.pixel_mrad, 1e-3),
@@ -56,17 +53,7 @@ def _reduce(words: argparse.Namespace) -> int:
         "energy_eV": times(words.energy_keV, 1e3),
         "step_m": times(words.step_nm, 1e-9),
     }
-    with (
-        reduction.open_scan(words.file, words.memory_MB, **known) as scan,
-        Progress(console=console, disable=not console.is_terminal) as bars,
-    ):
-        tasks: dict[str, Any] = {}
-
-        def tell(title: str, done: int, total: int) -> None:
-            if title not in tasks:
-                tasks[title] = bars.add_task(title, total=total)
-            bars.update(tasks[title], completed=done)
-
+    with reduction.open_scan(words.file, words.memory_MB, **known) as scan, bars() as tell:
         reduced = reduction.reduce_scan(
             scan,
             tuple(words.fold) if words.fold else reduction.USUAL,

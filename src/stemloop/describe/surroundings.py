@@ -165,9 +165,9 @@ def _brightness(
             value["brightness"][kind] = bright[kind] - np.nanmedian(bright[kind])
             sigma["brightness"][kind] = bright_sigma[kind]
     grain = assignment.grains[number]
-    for s in range(min(2, len(grain.basis))):
-        if len(grain.basis) < 2:
-            return
+    if len(grain.basis) < 2:
+        return
+    for s in range(2):
         kind = own[site == s]
         mean, left = _mean_of(cells, assignment.cell[kind], nearest(grain.basis, grain.vectors, s, 1 - s), 1 - s,
                               bright, bright_sigma)  # fmt: skip

@@ -38,8 +38,6 @@ T = TypeVar("T")
 #: Called with (step, done, of how many).
 Progress = Callable[[str, int, int], None]
 
-_HASH_BYTES = 1 << 22
-
 
 @dataclass
 class Analysis:
@@ -235,15 +233,13 @@ def _source(source: Any, folder: Path) -> tuple[Path, str, str]:
     """(file, its name, its SHA-256); an array becomes a file in ``folder``."""
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
+        from stemloop.store.library import sha256_of
         from stemloop.store.readers import look
 
         look(path)
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while part := file.read(_HASH_BYTES):
-                digest.update(part)
+        sha256 = sha256_of(path)
         _make(folder)
-        return path, path.name, digest.hexdigest()
+        return path, path.name, sha256
     data = np.ascontiguousarray(source)
     if data.ndim not in (2, 3) or data.dtype.kind not in "buif":
         raise InputError(
