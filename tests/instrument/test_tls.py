@@ -1,9 +1,14 @@
 """One TLS port: what leaves loopback is encrypted, and a client knows whom it speaks to."""
 
 import json
+import random
+import socket
 import ssl
 import stat
+import threading
+import time
 import urllib.request
+from contextlib import suppress
 
 import pytest
 from counting_instrument import TOKENS
@@ -11,6 +16,7 @@ from stoppable import Line
 from websockets.exceptions import WebSocketException
 
 from stemloop.core.errors import InputError
+from stemloop.instrument.duplex import DuplexSocket
 from stemloop.instrument.tls import fingerprint, self_signed
 from stemloop.instrument.tokens import TokenFile
 
@@ -81,3 +87,66 @@ def test_a_pair_that_does_not_fit_is_refused(served, pair, tmp_path):
     one = served(tls=(pair[0], other[1]))
     one.wait()
     assert isinstance(one.error, InputError) and "cannot be used" in str(one.error)
+
+
+def test_the_server_sends_no_session_tickets(served, pair):
+    # a client that reads in one thread and writes in another loses its first words if they meet a ticket
+    with Line(served(tls=pair), ssl=trusting(pair[0])) as agent:
+        assert agent.ask(op="dose")["ok"]
+        assert not agent.socket.socket.session.has_ticket
+
+
+def tickets(pair):
+    """A server of TLS 1.3 that sends many session tickets and echoes, and its port."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*pair)
+    context.num_tickets = 100
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def echo():
+        with context.wrap_socket(listener.accept()[0], server_side=True) as line:
+            while data := line.recv(65536):
+                line.sendall(data)
+
+    threading.Thread(target=echo, daemon=True).start()
+    return listener.getsockname()[1]
+
+
+def read_to_the_end(line):
+    with suppress(OSError):
+        line.recv(1)
+
+
+def test_a_tls_socket_is_read_and_written_at_once(pair):
+    context = trusting(pair[0])
+    context.sslsocket_class = DuplexSocket
+    rng = random.Random(1)
+    words = rng.randbytes(1 << 18)
+    for _ in range(10):
+        plain = socket.create_connection(("127.0.0.1", tickets(pair)))
+        line = context.wrap_socket(plain, server_hostname="localhost")
+        heard = []
+
+        def listen(line=line, heard=heard):
+            while sum(map(len, heard)) < len(words):
+                heard.append(line.recv(rng.randint(1, 50000)))
+
+        listener = threading.Thread(target=listen, daemon=True)
+        listener.start()
+        at = 0
+        while at < len(words):
+            step = rng.randint(1, 30000)
+            line.sendall(words[at : at + step])
+            at += step
+        listener.join(20)
+        assert b"".join(heard) == words
+        line.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            line.recv(1)
+        line.settimeout(None)
+        reader = threading.Thread(target=read_to_the_end, args=(line,), daemon=True)
+        reader.start()
+        time.sleep(0.05)
+        line.close()
+        reader.join(5)
+        assert not reader.is_alive()  # closing wakes who waits

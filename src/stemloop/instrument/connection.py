@@ -26,6 +26,7 @@ from websockets.sync.client import connect as open_websocket
 
 from stemloop.core.errors import InputError, InstrumentError, NotAuthorised, StemloopError, from_code
 from stemloop.instrument import wire
+from stemloop.instrument.duplex import DuplexSocket
 from stemloop.instrument.tokens import ROLES
 
 #: What a cut line looks like.
@@ -93,17 +94,19 @@ def read_token(address: Address, token: str | None, role: str) -> str:
 def trust(ca: str | Path | None) -> tuple[ssl.SSLContext, bytes | None]:
     """What to believe of a certificate: the file ``ca``, one certificate by its SHA-256, or what the system trusts."""
     fingerprint = _FINGERPRINT.fullmatch(str(ca)) if ca is not None else None
-    if fingerprint is not None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # the fingerprint says more than either
-        return context, bytes.fromhex(fingerprint[1].replace(":", ""))
     try:
-        return ssl.create_default_context(cafile=None if ca is None else str(ca)), None
+        if fingerprint is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # the fingerprint says more than either
+        else:
+            context = ssl.create_default_context(cafile=None if ca is None else str(ca))
     except (OSError, ssl.SSLError) as error:
         raise InputError(
             f"ca={str(ca)!r} is neither a file of certificates (PEM) nor a SHA-256 fingerprint of 64 hex digits "
             f"({error.strerror or error})."
         ) from None
+    context.sslsocket_class = DuplexSocket
+    return context, bytes.fromhex(fingerprint[1].replace(":", "")) if fingerprint else None
 
 
 class Connection(ABC):

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
@@ -105,6 +106,7 @@ class Conversation:
             pass  # the client is gone, in the middle of a reply or before it said hello
         finally:
             station.connections -= 1
+            station.last_seen = time.monotonic()
             station.listeners.discard(self)
             if self.lease_id is not None:
                 station.away(self.lease_id)

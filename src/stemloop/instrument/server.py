@@ -52,6 +52,15 @@ _MAX_CONNECTIONS = 256
 TLS = tuple[str | Path, str | Path]
 
 
+class _Config(uvicorn.Config):
+    """No session tickets: clients that read and write in two threads may lose words while one is read (duplex.py)."""
+
+    def load(self) -> None:
+        super().load()
+        if self.ssl is not None:
+            self.ssl.num_tickets = 0
+
+
 class _Uvicorn(uvicorn.Server):
     """A server that ends quietly at SIGTERM or SIGINT instead of raising the signal again."""
 
@@ -262,7 +271,7 @@ def _run(
         station.guard.note("stop", "server", pid=os.getpid())
 
     server = _Uvicorn(
-        uvicorn.Config(
+        _Config(
             build_app(station, lifespan),
             log_config=None,
             access_log=False,

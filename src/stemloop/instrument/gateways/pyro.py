@@ -58,6 +58,8 @@ OBJECT = "stemloop"
 MAX_MESSAGE_BYTES = 2**20
 #: How long a connection may take to say who it is [s].
 HANDSHAKE_S = 10.0
+#: How long a notebook waits for another that may just be leaving, before it is refused [s].
+LEAVING_S = 3.0
 MIN_SECRET = 16
 
 _MSGPACK, _PING = 4, 6
@@ -170,7 +172,7 @@ class _Desk:
         self._driver: Any = None
         self._lost: str | None = None
         self._heard = time.monotonic()
-        self._lock = threading.RLock()
+        self._lock = threading.Condition()
 
     def call(self, name: str, *words: Any, **named: Any) -> Any:
         """Carry out a command of the vocabulary for the notebook of the current connection."""
@@ -189,7 +191,8 @@ class _Desk:
     def take(self, who: Any, again: bool) -> None:
         """Give the lease to a notebook, if no other has it; one that was lost only if it is asked for ``again``."""
         with self._lock:
-            if self._driver is not None and self._driver is not who:
+            # one that has just hung up is noticed a moment later
+            if not self._lock.wait_for(lambda: self._driver is None or self._driver is who, LEAVING_S):
                 raise LeaseError("another notebook drives through this gateway: wait until it leaves.")
             if self._lost is not None and self._driver is who and not again:
                 raise LeaseError(f"the microscope was taken from this notebook ({self._lost}) Ask: take_control().")
@@ -203,6 +206,7 @@ class _Desk:
         with self._lock:
             if self._driver is who:
                 self._driver, self._lost = None, None
+                self._lock.notify_all()
                 self._client.release()
 
     def left(self, who: Any) -> None:
