@@ -7,8 +7,8 @@ import pytest
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from stemloop.describe import raster
 from stemloop.describe.atoms import find_columns
+from stemloop.describe.finding import raster
 from stemloop.simulate import pictures
 
 SIZE = 320

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from stemloop.describe import filters, fitting, gaussians, mesh
-from stemloop.describe.noise import noise_of
+from stemloop.describe.finding import filters, fitting, gaussians, mesh
+from stemloop.describe.finding.noise import noise_of
 
 SHAPE = (64, 72)
 WIDTH = 2.5

@@ -13,10 +13,10 @@ from describe.truth import assignment_of, columns_of
 from stemloop.core.errors import InputError
 from stemloop.core.structure import Columns, Grain
 from stemloop.describe import find_columns
-from stemloop.describe.bonds import net
-from stemloop.describe.boundaries import crystals, primitive, turn_between
 from stemloop.describe.defects import find_defects
-from stemloop.describe.dislocations import burgers, dislocations
+from stemloop.describe.faults.bonds import net
+from stemloop.describe.faults.boundaries import crystals, primitive, turn_between
+from stemloop.describe.faults.dislocations import burgers, dislocations
 from stemloop.describe.lattices import assign
 from stemloop.simulate.elasticity import EdgeDislocation
 from stemloop.simulate.pictures import Plane, counted, joined, layout, mean_image, without

@@ -12,8 +12,8 @@ from describe import domains
 from describe.truth import assignment_of, columns_of
 from stemloop.core.errors import InputError
 from stemloop.core.structure import Assignment
-from stemloop.describe import mixture
 from stemloop.describe.atoms import find_columns
+from stemloop.describe.ferroic import mixture
 from stemloop.describe.lattices import assign
 from stemloop.describe.phases import local_descriptors, phases
 from stemloop.simulate.pictures import PLANES, joined, layout

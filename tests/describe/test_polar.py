@@ -9,8 +9,8 @@ from describe import domains
 from describe.truth import assignment_of, columns_of
 from stemloop.core.errors import InputError
 from stemloop.core.structure import Assignment
-from stemloop.describe import winding
 from stemloop.describe.atoms import find_columns
+from stemloop.describe.ferroic import winding
 from stemloop.describe.lattices import assign
 from stemloop.describe.polar import polar, vortices, walls
 from stemloop.simulate.pictures import counted, jittered, layout, mean_image, without

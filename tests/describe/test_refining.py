@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from stemloop.core.errors import InputError
-from stemloop.describe.refining import refine
+from stemloop.describe.finding.refining import refine
 from stemloop.simulate import pictures
 
 

@@ -14,14 +14,14 @@ from scipy import special
 from scipy.spatial import cKDTree
 
 from stemloop.core.structure import Columns
-from stemloop.describe import filters, fitting, gaussians
-from stemloop.describe.brightness import sublattices
-from stemloop.describe.classes import crystals, places
-from stemloop.describe.gaussians import Floats, Image
-from stemloop.describe.noise import Noise, noise_of
-from stemloop.describe.raster import Raster, Region, raster_of
-from stemloop.describe.scale import Scale, scale_of, scale_of_spots
-from stemloop.describe.sites import classes, expected, occupancy, presence
+from stemloop.describe.finding import filters, fitting, gaussians
+from stemloop.describe.finding.brightness import sublattices
+from stemloop.describe.finding.classes import crystals, places
+from stemloop.describe.finding.gaussians import Floats, Image
+from stemloop.describe.finding.noise import Noise, noise_of
+from stemloop.describe.finding.raster import Raster, Region, raster_of
+from stemloop.describe.finding.scale import Scale, scale_of, scale_of_spots
+from stemloop.describe.finding.sites import classes, expected, occupancy, presence
 
 __all__ = ["find_columns", "sublattices"]
 

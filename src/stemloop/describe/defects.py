@@ -9,9 +9,9 @@ from scipy.spatial import cKDTree
 
 from stemloop.core.errors import InputError
 from stemloop.core.structure import Assignment, Columns, Defect, Grain
-from stemloop.describe.bonds import net, sparsest
-from stemloop.describe.boundaries import crystals, grain_boundaries, primitive, stacking_faults
-from stemloop.describe.dislocations import dislocations
+from stemloop.describe.faults.bonds import net, sparsest
+from stemloop.describe.faults.boundaries import crystals, grain_boundaries, primitive, stacking_faults
+from stemloop.describe.faults.dislocations import dislocations
 from stemloop.describe.strain import local_lattice
 from stemloop.describe.vectors import standard
 
@@ -61,9 +61,10 @@ def find_defects(columns: Columns, assignment: Assignment, shape: tuple[int, int
     - ``interstitial``: a column inside a crystal and on none of its sites. Several at one place of the cell are a site
       that is seldom seen, and a column beside its empty site is out of place: neither is listed. Detail: ``column``,
       ``offset_px`` to the nearest site.
-    - ``dislocation``: see :func:`stemloop.describe.dislocations.dislocations`; ``burgers_cells`` is the Burgers vector
-      in a1 and a2 of its grain.
-    - ``stacking-fault``, ``grain-boundary``: see :mod:`stemloop.describe.boundaries`; ``displacement_cells`` likewise.
+    - ``dislocation``: see :func:`~stemloop.describe.faults.dislocations.dislocations`; ``burgers_cells`` is the
+      Burgers vector in a1 and a2 of its grain.
+    - ``stacking-fault``, ``grain-boundary``: see :mod:`~stemloop.describe.faults.boundaries`; ``displacement_cells``
+      likewise.
 
     Point defects within a core or a boundary are counted as parts of it and not listed.
 

@@ -1,9 +1,10 @@
 """Which lattice each column belongs to, which place of the cell it holds, and how far it is from there.
 
-Nothing is told beforehand. Each grain's lattice is found in a neighbourhood (:mod:`~stemloop.describe.seeds`), followed
-from column to column (:mod:`~stemloop.describe.walking`), made as coarse as brightness and position demand
-(:mod:`~stemloop.describe.decoration`), and every column is then compared with the lattice of its own neighbours
-(:mod:`~stemloop.describe.neighbourhoods`), so that an error stays where it is.
+Nothing is told beforehand. Each grain's lattice is found in a neighbourhood
+(:mod:`~stemloop.describe.assigning.seeds`), followed from column to column
+(:mod:`~stemloop.describe.assigning.walking`), made as coarse as brightness and position demand
+(:mod:`~stemloop.describe.assigning.decoration`), and every column is then compared with the lattice of its own
+neighbours (:mod:`~stemloop.describe.assigning.neighbourhoods`), so that an error stays where it is.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from scipy.spatial import cKDTree
 
 from stemloop.core.errors import InputError
 from stemloop.core.structure import Assignment, Columns, Grain
-from stemloop.describe.decoration import Cells, brightness, decorated, finest
-from stemloop.describe.neighbourhoods import Local, local
-from stemloop.describe.seeds import Seed, common_place, seed
-from stemloop.describe.symmetry import symmetric
+from stemloop.describe.assigning.decoration import Cells, brightness, decorated, finest
+from stemloop.describe.assigning.neighbourhoods import Local, local
+from stemloop.describe.assigning.seeds import Seed, common_place, seed
+from stemloop.describe.assigning.symmetry import symmetric
+from stemloop.describe.assigning.walking import LEVELS, walk
 from stemloop.describe.vectors import wrapped
-from stemloop.describe.walking import LEVELS, walk
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -95,8 +96,8 @@ def assign(columns: Columns, shape: tuple[int, int]) -> Assignment:
 
     The ideal place of a column is a robust fit of the lattice to the nearest 12 primary columns (or 20, bent, where
     that predicts better), without itself. Where the mean place of a site is near a centre of symmetry of the cell, it
-    is set there (see :func:`~stemloop.describe.symmetry.symmetric`), so that the displacement of a uniformly polarised
-    crystal is its polar displacement and not zero.
+    is set there (see :func:`~stemloop.describe.assigning.symmetry.symmetric`), so that the displacement of a
+    uniformly polarised crystal is its polar displacement and not zero.
 
     Parameters
     ----------

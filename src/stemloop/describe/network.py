@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 
 from stemloop.core.errors import UnreadableFile
 from stemloop.core.structure import Columns
-from stemloop.describe import gaussians
-from stemloop.describe.fitting import reach_of
-from stemloop.describe.noise import noise_of
-from stemloop.describe.raster import Raster, raster_of
-from stemloop.describe.refining import refine, sites_of
-from stemloop.describe.scale import scale_of
+from stemloop.describe.finding import gaussians
+from stemloop.describe.finding.fitting import reach_of
+from stemloop.describe.finding.noise import noise_of
+from stemloop.describe.finding.raster import Raster, raster_of
+from stemloop.describe.finding.refining import refine, sites_of
+from stemloop.describe.finding.scale import scale_of
 from stemloop.learn.atomnet import DIVISOR
 from stemloop.learn.atomnet_calibrate import Joined, believed, join, novelty
 from stemloop.learn.atomnet_image import CELL, WIDTH, from_network, normalised, resampled

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from stemloop.core.structure import Assignment, Columns
-from stemloop.describe.mixture import Mixture, Points, fitted, log_densities, smooth_functions
-from stemloop.describe.surroundings import (
+from stemloop.describe.ferroic.mixture import Mixture, Points, fitted, log_densities, smooth_functions
+from stemloop.describe.ferroic.surroundings import (
     Local,
     Surroundings,
     local_descriptors,
@@ -19,7 +19,7 @@ from stemloop.describe.surroundings import (
     shape_of,
     surroundings,
 )  # fmt: skip
-from stemloop.describe.variants import smoothed
+from stemloop.describe.ferroic.variants import smoothed
 
 __all__ = ["Local", "Phases", "local_descriptors", "phases"]
 
@@ -78,7 +78,7 @@ def phases(columns: Columns, assignment: Assignment) -> Phases:
 
     Coordinates are the ln of each column's amplitude (one coordinate a site, so that the ratio counts too) and size,
     aspect and angle of the local cell (:func:`local_descriptors`), each with its own deviation. A mixture of Gaussians
-    on a smooth trend (:mod:`stemloop.describe.mixture`) says how likely each phase is; neighbours say it with
+    on a smooth trend (:mod:`stemloop.describe.ferroic.mixture`) says how likely each phase is; neighbours say it with
     (a Potts prior in mean field). A phase more must lower the Bayesian information criterion, be apart from the
     others, lie together, and have a gap between it and them or meet them in a step. So slopes of thickness or strain,
     and scattered columns, are none; nor is a factor common to the columns of all sites.

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from stemloop.core.errors import InputError
 from stemloop.core.structure import Assignment, Columns, Defect
-from stemloop.describe import variants as directions
-from stemloop.describe import winding
-from stemloop.describe.cells import Cells, corners_of
-from stemloop.describe.walls import walls_of
+from stemloop.describe.ferroic import variants as directions
+from stemloop.describe.ferroic import winding
+from stemloop.describe.ferroic.cells import Cells, corners_of
+from stemloop.describe.ferroic.walls import walls_of
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft, special
 
-from stemloop.describe import filters
-from stemloop.describe.gaussians import Floats, Image
-from stemloop.describe.noise import Noise
+from stemloop.describe.finding import filters
+from stemloop.describe.finding.gaussians import Floats, Image
+from stemloop.describe.finding.noise import Noise
 
 #: Standard deviations [nm] that a single atom's image can have; used only where the image shows no period.
 _ATOM_SIGMA_NM = 0.04, 0.12

@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from stemloop.describe.gaussians import Floats, Image, Integers, axis
+from stemloop.describe.finding.gaussians import Floats, Image, Integers, axis
 
 
 class MeshOverlaps(NamedTuple):

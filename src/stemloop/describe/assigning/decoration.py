@@ -1,8 +1,8 @@
 """Which places of a lattice are alike and which are not: the cell that brightness and position ask for.
 
-A lattice of places comes from :mod:`stemloop.describe.walking`. Here it becomes first as fine as positions allow (all
-alike), then as coarse as the statistics demand: each sublattice of index 2 or 3 (then again of those) is a model in
-which its cosets may differ in brightness and in displacement, and the Bayesian information criterion chooses
+A lattice of places comes from :mod:`~stemloop.describe.assigning.walking`. Here it becomes first as fine as positions
+allow (all alike), then as coarse as the statistics demand: each sublattice of index 2 or 3 (then again of those) is a
+model in which its cosets may differ in brightness and in displacement, and the Bayesian information criterion chooses
 (G. Schwarz, Ann. Statist. 6 (1978) 461, doi:10.1214/aos/1176344136).
 """
 

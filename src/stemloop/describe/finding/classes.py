@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from stemloop.describe.gaussians import Floats, Image, Integers
-from stemloop.describe.sites import Neighbourhood, neighbourhoods
+from stemloop.describe.finding.gaussians import Floats, Image, Integers
+from stemloop.describe.finding.sites import Neighbourhood, neighbourhoods
 
 #: Pairs of columns a translation apart differ in brightness by less than this, in variances of all columns (apart from
 #: the noise's; at random it is 1, alternating sublattices have 2), where columns differ by more than this part.

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from stemloop.core.errors import InputError
 from stemloop.core.structure import Assignment, Columns
-from stemloop.describe.cells import Cells, corners_of
+from stemloop.describe.ferroic.cells import Cells, corners_of
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from stemloop.core.structure import Defect
-from stemloop.describe.bonds import Net, islands
+from stemloop.describe.faults.bonds import Net, islands
 
 Floats = NDArray[np.float64]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from stemloop.describe.gaussians import Floats
+from stemloop.describe.finding.gaussians import Floats
 
 #: So many columns tell the classes as well as more would.
 _ENOUGH = 20000

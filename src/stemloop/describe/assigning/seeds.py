@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from stemloop.describe.decoration import Cells, finest
+from stemloop.describe.assigning.decoration import Cells, finest
 from stemloop.describe.vectors import standard, wrapped
 
 Floats = NDArray[np.float64]

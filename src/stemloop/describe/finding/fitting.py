@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from stemloop.describe import gaussians, mesh
-from stemloop.describe.equations import Equations
-from stemloop.describe.gaussians import Floats, Image
+from stemloop.describe.finding import gaussians, mesh
+from stemloop.describe.finding.equations import Equations
+from stemloop.describe.finding.gaussians import Floats, Image
 
 #: Spread of a column's log-width around the median of all (a prior: it decides only where noise leaves width open).
 LOG_WIDTH_SPREAD = 0.07

@@ -11,8 +11,8 @@ import numpy as np
 from numba import njit
 from scipy.spatial import cKDTree
 
-from stemloop.describe import gaussians, mesh
-from stemloop.describe.gaussians import Floats, Image, Integers
+from stemloop.describe.finding import gaussians, mesh
+from stemloop.describe.finding.gaussians import Floats, Image, Integers
 
 #: Gaussians farther apart than this many widths do not overlap (their product is under 2e-4 of either's square).
 _FAR = 6.0

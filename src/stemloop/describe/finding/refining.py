@@ -10,12 +10,12 @@ from scipy import fft, special
 from scipy.spatial import cKDTree
 
 from stemloop.core.structure import Columns
-from stemloop.describe import filters, fitting, gaussians
-from stemloop.describe.brightness import sublattices
-from stemloop.describe.gaussians import Floats, Image
-from stemloop.describe.noise import Noise, noise_of
-from stemloop.describe.raster import raster_of
-from stemloop.describe.sites import Sites, expected, neighbourhoods
+from stemloop.describe.finding import filters, fitting, gaussians
+from stemloop.describe.finding.brightness import sublattices
+from stemloop.describe.finding.gaussians import Floats, Image
+from stemloop.describe.finding.noise import Noise, noise_of
+from stemloop.describe.finding.raster import raster_of
+from stemloop.describe.finding.sites import Sites, expected, neighbourhoods
 
 #: A fit is believed up to so many widths from its place, and this many times wider or narrower than told.
 _NEAR, _ALIKE = 1.5, 2.2
@@ -107,7 +107,7 @@ def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Colu
 
 def sites_of(position: Floats, shape: tuple[int, ...], width_px: float) -> Sites:
     """Where the lattice of the columns at ``position`` (n, 2) [px] expects another one; see
-    :func:`stemloop.describe.sites.expected`."""
+    :func:`stemloop.describe.finding.sites.expected`."""
     return expected(position, neighbourhoods(position, shape), shape, width_px)
 
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stemloop.describe import filters
-from stemloop.describe.gaussians import Image
+from stemloop.describe.finding import filters
+from stemloop.describe.finding.gaussians import Image
 
 #: The fourth difference: it passes only what changes from pixel to pixel, where no probe transfers anything.
 _DIFFERENCE = np.array([1.0, -4.0, 6.0, -4.0, 1.0], np.float32) / np.float32(np.sqrt(70.0))

@@ -11,7 +11,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from stemloop.core.errors import InputError
-from stemloop.describe.winding import smallest
+from stemloop.describe.ferroic.winding import smallest
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]

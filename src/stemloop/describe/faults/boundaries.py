@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from stemloop.core.structure import Defect, Grain
-from stemloop.describe.bonds import Net, crossings
+from stemloop.describe.faults.bonds import Net, crossings
 from stemloop.describe.strain import strain_and_rotation
 
 Floats = NDArray[np.float64]

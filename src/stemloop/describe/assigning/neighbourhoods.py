@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from stemloop.describe.decoration import Cells
+from stemloop.describe.assigning.decoration import Cells
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stemloop.core.errors import InputError
-from stemloop.describe import filters
-from stemloop.describe.gaussians import Image
+from stemloop.describe.finding import filters
+from stemloop.describe.finding.gaussians import Image
 
 _SMALLEST_PX = 16
 #: Pixels that are looked at together when an image is checked, and about the side of a region [px].

@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from stemloop.describe.gaussians import Floats, Image, Integers
+from stemloop.describe.finding.gaussians import Floats, Image, Integers
 
 #: A Gaussian is cut at this many sigma.
 _CUT = 4.0

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from stemloop.core.structure import Defect
-from stemloop.describe.winding import smallest
+from stemloop.describe.ferroic.winding import smallest
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]

@@ -1,0 +1,1 @@
+"""How columns come to belong to a lattice: the rooms behind ``lattices``."""

@@ -1,0 +1,1 @@
+"""How dislocations and boundaries are told: the rooms behind ``defects``."""

@@ -1,0 +1,1 @@
+"""How columns are found and fitted: the rooms behind ``atoms`` and ``network``."""
