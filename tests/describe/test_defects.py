@@ -98,13 +98,28 @@ def test_a_pair_of_opposite_dislocations_adds_up_to_nothing():
     assert sorted(d.detail["burgers_cells"] for d in found) == [(-1.0, 0.0), (1.0, 0.0)]
 
 
-@pytest.mark.parametrize(("plane", "cells", "dose"), [("SrTiO3[001]", (0, 1), 1e3), ("graphene", (1, 0), 1e4)])
+@pytest.mark.parametrize(
+    ("plane", "cells", "dose"), [("SrTiO3[001]", (0, 1), 1e3), ("graphene", (1, 0), 1e4), ("MoS2", (1, 1), 1e4)]
+)
 def test_a_dislocation_is_found_in_its_image(plane, cells, dose):
     whole, vector = dislocated(plane, cells, margin=-30)
     found = seen(whole, dose)
     assert [d.kind for d in found] == ["dislocation"]
     np.testing.assert_allclose(found[0].detail["burgers"], vector, atol=0.08 * np.hypot(*vector))
     assert np.hypot(*(found[0].place[0] - MIDDLE)) < 1.2 * np.hypot(*vector)
+
+
+@pytest.mark.parametrize("cells", [(1, 0), (1, 1), (0, 0)])
+def test_columns_lost_in_a_core_do_not_hide_it(cells):
+    whole = dislocated("SrTiO3[001]", cells)[0] if any(cells) else layout("SrTiO3[001]", SHAPE, 15, margin=1.0)
+    lost = np.hypot(*(whole.position - MIDDLE).T) < 40  # 1.5 cells
+    found = of_kind(find_defects(*known(whole.take(~lost)), whole.shape), "dislocation")
+    if cells == (0, 0):
+        assert not found
+        return
+    (core,) = found
+    np.testing.assert_allclose(core.detail["burgers_cells"], cells)
+    assert np.hypot(*(core.place[0] - MIDDLE)) < 1.5 * 26
 
 
 # ---------------------------------------------------------------------------------------------- faults, boundaries

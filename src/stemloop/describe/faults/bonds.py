@@ -111,6 +111,27 @@ def sparsest(whole: Net) -> Integers:
     return np.eye(2, dtype=np.int64)
 
 
+def holes(whole: Net, position: Floats) -> list[Integers]:
+    """Rim bonds around each hole of the net, where no triangles are: every rim but the outer ones.
+
+    Seen with the net on its left, an outer rim runs around a positive area and a hole's around a negative one. A hole
+    that touches an outer rim is part of it.
+    """
+    border = np.flatnonzero(whole.rim)
+    if len(border) == 0:
+        return []
+    sense = np.zeros(len(whole.bond), dtype=np.int64)
+    np.add.at(sense, whole.side.ravel(), whole.sense.ravel())
+    ends = whole.bond[border]
+    way = np.where((sense[border] > 0)[:, None], ends, ends[:, ::-1])
+    start, end = position[way[:, 0]], position[way[:, 1]]
+    area = (start[:, 1] * end[:, 0] - start[:, 0] * end[:, 1]) / 2
+    n = len(position)
+    joined = coo_matrix((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(n, n))
+    label = connected_components(joined, directed=False)[1][ends[:, 0]]
+    return [border[label == k] for k in np.unique(label) if area[label == k].sum() < 0]
+
+
 def islands(triangle: Integers, chosen: Mask, points: int) -> Iterator[Integers]:
     """Groups (triangle numbers) of the ``chosen`` triangles that share a point."""
     some = np.flatnonzero(chosen)

@@ -7,17 +7,21 @@ Dislocations*, 2nd ed. (1982), section 1.3). With steps m in lattice vectors a i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
 from stemloop.core.structure import Defect
-from stemloop.describe.faults.bonds import Net, islands
+from stemloop.describe.faults.bonds import Net, holes, islands
 
 Floats = NDArray[np.float64]
 
 #: Bonds of the loop around a core that are farther than this part of a cell from a lattice vector tell nothing.
 _LARGEST_MISS = 0.4
+#: Bonds around a hole in the net, where columns were lost in a core; larger holes are no cores.
+_LARGEST_HOLE = 16
 #: Most rings of triangles by which the loop is widened until its bonds are clear.
 _RINGS = 3
 
@@ -37,8 +41,9 @@ def dislocations(position: Floats, vectors: Floats, whole: Net) -> tuple[Defect,
 
     Triangles whose steps do not add up to nothing are joined where they touch (a column that is out of place opens
     several that close together); what stays open is a dislocation, if the loop around it consists of bonds that are
-    lattice vectors beyond doubt (it is widened by up to three rings for that). Cores inside one loop count as one. A
-    core at the rim of the crystal, around which no loop runs, is left out.
+    lattice vectors beyond doubt (it is widened by up to three rings for that). A core may be a hole, where columns were
+    lost or are too far apart to be neighbours. Cores inside one loop count as one. A core at the rim of the crystal,
+    around which no loop runs, is left out.
 
     Parameters
     ----------
@@ -52,20 +57,30 @@ def dislocations(position: Floats, vectors: Floats, whole: Net) -> tuple[Defect,
     """
     opened = (whole.closure != 0).any(axis=1)
     spread = max(0.03, 1.4826 * float(np.median(np.abs(whole.miss)))) if len(whole.miss) else 0.03
+    gaps = [hole for hole in holes(whole, position) if len(hole) <= _LARGEST_HOLE]
     outer = np.zeros(len(position), dtype=bool)
-    outer[whole.bond[whole.rim].ravel()] = True
+    outer[
+        whole.bond[np.setdiff1d(np.flatnonzero(whole.rim), np.concatenate([*gaps, np.zeros(0, np.int64)]))].ravel()
+    ] = True
     seen = np.zeros(len(opened), dtype=bool)
     found: list[tuple[NDArray[np.int64], Defect]] = []
-    for island in islands(whole.triangle, opened, len(position)):
+    for triangles, points, edge in _cores(whole, opened, gaps, len(position)):
+        if seen[triangles].any() or outer[points].any():
+            continue
         inside = np.zeros(len(opened), dtype=bool)
-        inside[island] = True
+        inside[triangles] = True
+        touched = np.zeros(len(position), dtype=bool)
+        touched[points] = True
         for _ in range(_RINGS):
-            inside = _grown(whole, inside, len(position))
+            inside |= touched[whole.triangle].any(axis=1)
+            touched[whole.triangle[inside].ravel()] = True
             border, sense = whole.around(inside)
+            loop = ~np.isin(border, edge)
+            border, sense = border[loop], sense[loop]
             worst = np.abs(whole.miss[border]).max(axis=1)
             if worst.max() <= _LARGEST_MISS:
                 break
-        if seen[island].any() or outer[whole.triangle[island]].any() or worst.max() > _LARGEST_MISS:
+        if worst.max() > _LARGEST_MISS:
             continue
         within = np.flatnonzero(inside & opened)
         found = [(known, defect) for known, defect in found if not inside[known].any()]  # a wider loop holds them
@@ -74,15 +89,28 @@ def dislocations(position: Floats, vectors: Floats, whole: Net) -> tuple[Defect,
         if not cells.any():
             continue
         share = np.maximum(whole.closure[within] @ -cells, 0)
-        core = (position[whole.triangle[within]].mean(axis=1) * (share / share.sum())[:, None]).sum(axis=0)
+        if share.any() and not len(edge):
+            core = (position[whole.triangle[within]].mean(axis=1) * (share / share.sum())[:, None]).sum(axis=0)
+        else:
+            core = position[points].mean(axis=0)
         sure = float(np.prod(1 - stats.norm.sf((0.5 - worst) / spread) - stats.norm.sf((0.5 + worst) / spread)))
         detail = {"burgers": tuple((cells @ vectors).tolist()), "loop": len(border)}
         found.append((within, Defect("dislocation", core[None, :], sure, detail)))
     return tuple(defect for _, defect in found)
 
 
-def _grown(whole: Net, chosen: NDArray[np.bool_], points: int) -> NDArray[np.bool_]:
-    """The triangles ``chosen`` (t,) and all that share a point with them."""
-    near = np.zeros(points, dtype=bool)
-    near[whole.triangle[chosen].ravel()] = True
-    return np.asarray(near[whole.triangle].any(axis=1))
+def _cores(
+    whole: Net, opened: NDArray[np.bool_], gaps: list[NDArray[np.int64]], count: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
+    """Opened triangles that touch, joined with the holes they touch; and holes alone: triangles, points, rim bonds."""
+    free = dict(enumerate(gaps))
+    for island in islands(whole.triangle, opened, count):
+        points = np.unique(whole.triangle[island])
+        edge = [np.zeros(0, np.int64)]
+        for k, hole in list(free.items()):
+            if np.isin(whole.bond[hole], points).any():
+                edge.append(free.pop(k))
+        edges = np.concatenate(edge)
+        yield island, np.union1d(points, whole.bond[edges].ravel()), edges
+    for hole in free.values():
+        yield np.zeros(0, np.int64), np.unique(whole.bond[hole]), hole
