@@ -21,7 +21,7 @@ from stemloop.describe.finding.gaussians import Floats, Image
 from stemloop.describe.finding.noise import Noise, noise_of
 from stemloop.describe.finding.raster import Raster, Region, raster_of
 from stemloop.describe.finding.scale import Scale, scale_of, scale_of_spots
-from stemloop.describe.finding.sites import classes, expected, occupancy, presence
+from stemloop.describe.finding.sites import classes, expected, occupancy, presence, settled
 
 __all__ = ["find_columns", "sublattices"]
 
@@ -191,8 +191,8 @@ def _finished(
     start = np.concatenate([value, more])
     known = fitting.prior(start, np.column_stack([sites.spread[tried], free]), scale.width_of_all)
     model = fitting.fit(pixels, weight, start, model.background, width, known)
-    fitted, sigma = model.columns, fitting.deviations(model, weight, pixels, known)
     n = len(value)
+    fitted, sigma = model.columns, fitting.deviations(model, weight, pixels, known)
     amplitude, deviation = _amplitudes(pixels - model.image, weight, place, width)
     amplitude[tried], deviation[tried] = fitted[n:, 2], sigma[n:, 2]
     chance, most, _ = _chances(sites, amplitude, beyond * deviation, fitted[:n, 2], beyond * sigma[:n, 2])
@@ -207,9 +207,37 @@ def _finished(
     least = np.where(np.arange(len(start)) >= n, 0.0, _STILL_SIGNIFICANT)
     sound = np.concatenate([np.ones(n, bool), taken[tried]])
     good = _believable(fitted, sigma, width, pixels.shape, least, placed, sound) & (chances > 0.5)
+    hidden = np.where(sites.kind >= 0, np.append(sites.hidden, False)[sites.kind], False)[tried]
+    if (hidden & good[n:]).any():
+        guided = np.column_stack([np.where(hidden, width, sites.spread[tried]), free])
+        off, error = _released(pixels, weight, model, start, guided, scale)
+        for kind in np.unique(sites.kind[tried][hidden & good[n:]]):
+            mine = np.flatnonzero((sites.kind[tried] == kind) & good[n:])
+            moved, sigma[n + mine, :2] = settled(off[mine], error[mine], beyond, 0.1 * width)
+            fitted[n + mine, :2] = place[tried][mine] + moved
     vacant = _roomy(place[(most < 0.5) & sites.within], fitted[good, :2])
     part, under = count / np.maximum(whole, 1), model.under(fitted[:, :2])
     return _Found(fitted, sigma, under, chances, part, placed, vacant, sites.ordered).take(good)
+
+
+def _released(
+    pixels: Image, weight: Image, model: fitting.Model, start: Floats, guided: Floats, scale: Scale
+) -> tuple[Floats, Floats]:
+    """How far the last columns of ``model`` are from where they were expected, and the deviation (m, 2) each [px], if
+    they are freed from there.
+
+    To be found at all, columns of a class that noise hides are held near their places, more firmly than anybody knows
+    that they keep them; where they are must not depend on that, or displacements came out too small. They are fitted
+    again give or take ``guided`` (m, 2) [px, amplitude] about ``start``. What that still holds them back is taken off:
+    of a Gaussian likelihood and a Gaussian guide with the deviation s, whose product has the mean m and the deviation
+    p, the former's are m s^2 / (s^2 - p^2) and p s / sqrt(s^2 - p^2).
+    """
+    known = fitting.prior(start, guided, scale.width_of_all)
+    free = fitting.fit(pixels, weight, model.columns, model.background, model.width, known)
+    n = len(start) - len(guided)
+    error = fitting.deviations(free, weight, pixels, known)[n:, :2]
+    gain = 1 / (1 - (error / guided[:, :1]) ** 2).clip(0.5, 1)
+    return gain * (free.columns[n:, :2] - start[n:, :2]), error * np.sqrt(gain)
 
 
 def _roomy(vacant: Floats, position: Floats) -> Floats:

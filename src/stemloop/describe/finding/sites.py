@@ -55,6 +55,10 @@ class Sites(NamedTuple):
         return Sites(self.position[kept], self.within[kept], self.spread)
 
 
+#: Columns of a class move if their scatter is above the noise's by so many deviations.
+_MOVES = 3.0
+
+
 class Neighbourhood(NamedTuple):
     """Columns ``members`` (n,) near each other, with the ``vectors`` (k, 2) [px] at which many of them have a neighbour
     and the ``share`` (k,) that has; ``spacing`` [px] is the distance of nearest neighbours."""
@@ -294,3 +298,30 @@ def presence(amplitude: Floats, sigma: Floats, known: Floats, share: Floats) -> 
     empty = -0.5 * (np.minimum(amplitude, 1e6 * sigma) / sigma) ** 2 - np.log(sigma)
     odds = np.log(share / (1 - share)) + there - empty
     return np.asarray(1 / (1 + np.exp(-np.clip(odds, -500, 500))))
+
+
+def settled(off: Floats, error: Floats, beyond: float, least: float) -> tuple[Floats, Floats]:
+    """Where the columns of one class are, and how well that is known, from what noise lets be seen of each.
+
+    If they are farther off their places than noise moves them, each stays where it was seen. If not, they keep their
+    places as well as anybody can tell, and are there, but for what each shows beyond its noise (empirical Bayes:
+    B. Efron and C. Morris, J. Am. Stat. Assoc. 68 (1973) 117, doi:10.1080/01621459.1973.10481350).
+
+    Parameters
+    ----------
+    off, error : (n, 2) [px] from the places that were expected, and the 1-sigma deviation.
+    beyond : what else there is in the image makes the scatter so many times as large.
+    least : the scatter [px] that columns have at least.
+
+    Returns
+    -------
+    off, error : the same, (n, 2) [px] each.
+    """
+    middle = np.average(off, axis=0, weights=1 / error**2)
+    scatter = (1.4826 * float(np.median(np.abs(off - middle)))) ** 2
+    noise = beyond**2 * float((error**2).mean())
+    if scatter / noise - 1 > _MOVES * 2.3 / np.sqrt(2 * len(off)):  # 2.3: of the squared median deviation
+        return off, error
+    kept = max(scatter - noise, least**2)
+    part = kept / (kept + error**2)
+    return middle + part * (off - middle), error * np.sqrt(part)
