@@ -81,6 +81,12 @@ def closure(dose: float, seed: int) -> bool:
     return [d.detail["type"] for d in walls(found)] == ["90"] * 4 and [d.detail["winding"] for d in cores] == [1]
 
 
+def vortex(dose: float, seed: int) -> bool:
+    """The vortex of a flux closure alone, whatever is said of its walls."""
+    found = polar(*domains.seen(domains.displaced(domains.closure), dose, seed))
+    return [d.detail["winding"] for d in vortices(found)] == [1]
+
+
 def stripes(dose: float, seed: int) -> bool:
     found = polar(*domains.seen(domains.displaced(domains.stripes), dose, seed))
     return [d.detail["type"] for d in walls(found)] == ["180"] * 3 and not vortices(found)
@@ -126,7 +132,9 @@ def measure(seeds: int) -> dict[str, Any]:
         for seed in range(seeds):
             total += Counter({k: v for k, v in film(dose, seed).items() if k != "phases"})
         result["film"][f"{dose:.0e}"] = dict(total)
-        result["domains"][f"{dose:.0e}"] = {c.__name__: count(c, dose, seeds) for c in (closure, stripes, array)}
+        result["domains"][f"{dose:.0e}"] = {
+            c.__name__: count(c, dose, seeds) for c in (closure, vortex, stripes, array)
+        }
         rows = [dislocation(p, b, dose, seed) for seed, p in enumerate(CRYSTALS) for b in BURGERS]
         offs = [off for _, off in rows if np.isfinite(off)]
         result["dislocations"][f"{dose:.0e}"] = {

@@ -282,6 +282,29 @@ def network(card: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def structures(found: dict[str, Any]) -> str:
+    doses = list(found["film"])
+    rows: list[list[Any]] = []
+    film = [found["film"][dose] for dose in doses]
+    rows.append(["LaCoO3 on SrTiO3: sites right", *(f"{f['sites_right']} of {f['columns']}" for f in film)])
+    rows.append(["its phases right", *(f"{f['phases_right']} of {f['columns']}" for f in film)])
+    rows.append(["its vacancies found", *(f"{f['vacancies_found']} of {f['vacancies']}" for f in film)])
+    names = {
+        "closure": "flux closure: four walls of 90°, one vortex",
+        "vortex": "its vortex alone",
+        "stripes": "stripes: three walls of 180°, no vortex",
+        "array": "a vortex and four antivortices",
+    }
+    for key, name in names.items():
+        rows.append([name, *(found["domains"][dose][key] for dose in doses)])
+    lines = [found["dislocations"][dose] for dose in doses]
+    rows.append(["Burgers vectors right", *(f"{d['right']} of {d['of']}" for d in lines)])
+    rows.append(["cores off, median (largest) [cells]",
+                 *(f"{d['core_off_cells_median']:.2f} ({d['core_off_cells_max']:.2f})" for d in lines)])  # fmt: skip
+    head = ["planted in images of 15 pm pixels", *(f"{float(dose):.0e} e/Å²" for dose in doses)]
+    return table(" | ".join(head), rows)
+
+
 BENCHMARKS: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "sampling": (RESULTS / "sampling.json", sampling),
     "latency": (RESULTS / "latency.json", latency),
@@ -292,6 +315,7 @@ BENCHMARKS: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "coverage": (RESULTS / "belief_coverage.json", coverage),
     "columns": (RESULTS / "columns.json", columns),
     "control": (RESULTS / "control.json", control),
+    "structures": (RESULTS / "structures.json", structures),
     "stream": (RESULTS / "stream_durable.json", stream),
 }
 
