@@ -28,9 +28,9 @@ from stemloop.core.protocols import Frames
 from stemloop.reduce.maps import MapRegistration, register_to_map
 from stemloop.reduce.registration.agreement import ROUNDS, agreed
 from stemloop.reduce.registration.averaging import Averaged, along_lines, average, placed
-from stemloop.reduce.registration.candidates import candidates
+from stemloop.reduce.registration.candidates import candidates, prior
 from stemloop.reduce.registration.canvas import Canvas
-from stemloop.reduce.registration.chain import grown, prior
+from stemloop.reduce.registration.chain import grown
 from stemloop.reduce.registration.content import Stack
 from stemloop.reduce.registration.outliers import mismatch, unlike
 from stemloop.reduce.registration.pattern import Mean, standing
@@ -130,8 +130,9 @@ def shift_of(frame: NDArray[Any], reference: Reference, near: NDArray[Any] | Non
         reference.total, reference.weight, reference.odd, reference.odd_weight, reference.own, reference.own_weight
     )
     scale = np.array(reference.scale)
-    found = candidates(stack, 0, canvas)
-    drift = 0.0 if near is None else prior(found.place - np.asarray(near) / scale, np.full(2, 2.0), stack.shape)
+    about = np.zeros(2) if near is None else np.asarray(near, dtype=np.float64) / scale
+    found = candidates(stack, 0, canvas, about)
+    drift = 0.0 if near is None else prior(found.place - about, np.full(2, 2.0), stack.shape)
     best, p = found.best(drift)
     fit = refined(stack, 0, canvas, found.place[best])
     if reason := mismatch(fit, stack):

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from stemloop.reduce.registration.candidates import Piece, candidates, laid
+from stemloop.reduce.registration.candidates import Piece, candidates, laid, prior
 from stemloop.reduce.registration.canvas import Canvas
-from stemloop.reduce.registration.chain import NARROWEST, chained, prior
+from stemloop.reduce.registration.chain import NARROWEST, chained
 from stemloop.reduce.registration.content import Stack
 from stemloop.reduce.registration.outliers import mismatch
 from stemloop.reduce.registration.refinement import Fit, refined
@@ -23,7 +23,7 @@ def agreed(stack: Stack, place: Floats, tell: Callable[[int], None]) -> tuple[li
     """All views asked again against all others, weighed along the chain, and refined."""
     n = len(stack)
     chance = np.ones(n)
-    fits = [Fit(p, np.full(2, np.nan), 1.0, 1.0) for p in place]
+    fits = _centred([Fit(p, np.full(2, np.nan), 1.0, 1.0) for p in place])
     whole = np.ones(n)
     canvas = summed(stack, fits)
     for turn in range(ROUNDS):
@@ -32,7 +32,7 @@ def agreed(stack: Stack, place: Floats, tell: Callable[[int], None]) -> tuple[li
             found = []
             for k in range(n):
                 with _Without(stack, canvas, k, fits[k]):
-                    found.append(candidates(stack, k, canvas))
+                    found.append(candidates(stack, k, canvas, fits[k].place))
                 tell(turn * n + k + 1)
             places, chance = chained(found, places, stack.shape)
         else:
@@ -43,9 +43,17 @@ def agreed(stack: Stack, place: Floats, tell: Callable[[int], None]) -> tuple[li
                 fits.append(refined(stack, k, canvas, places[k]))
         if turn < ROUNDS - 1:
             whole = joined(stack, fits)
+            fits = _centred(fits)
         canvas = summed(stack, fits)
     tell(ROUNDS * n)
     return fits, chance * whole, canvas
+
+
+def _centred(fits: list[Fit]) -> list[Fit]:
+    """All places moved by whole pixels, so that their middle is that of the canvas: only places to each other count,
+    and how far a frame may be away is measured from the middle."""
+    middle = np.rint(np.median([fit.place for fit in fits], axis=0))
+    return [fit._replace(place=fit.place - middle) for fit in fits]
 
 
 def joined(stack: Stack, fits: list[Fit]) -> Floats:
@@ -63,7 +71,8 @@ def joined(stack: Stack, fits: list[Fit]) -> Floats:
             piece = Canvas.empty(stack.shape)
             for k in run:
                 piece.add(stack, k, fits[k].place)
-            found = laid(stack, Piece(piece.total, piece.weight, piece.odd, piece.odd_weight), canvas)
+            whole = Piece(piece.total, piece.weight, piece.odd, piece.odd_weight)
+            found = laid(stack, whole, canvas, np.zeros(2))
             best, chance[run] = found.best(_leading(fits, run, placed, found.place, stack.shape))
             step = found.place[best]
             inside = all((np.abs(fits[k].place + step) < np.array(stack.shape) // 2 - 2).all() for k in run)
