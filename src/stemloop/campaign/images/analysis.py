@@ -384,12 +384,14 @@ class _Run:
         else:
             image, corner = covered(averaged.image, averaged.weight)
             self.corner = corner
+            part = tuple(slice(first, first + size) for first, size in zip(corner, image.shape, strict=True))
+            variance = averaged.variance[part]
             self.notes.append(
                 f"the average of {count - len(bad)} frames is shown, where at least half of them overlap: "
                 f"{image.shape[0]} x {image.shape[1]} px from ({corner[0]}, {corner[1]}) on."
             )
             self.tell("average", 0, 1)
-            looked = self.once("average_result", lambda: understand(image, self.size, self.wanted))
+            looked = self.once("average_result", lambda: understand(image, self.size, self.wanted, variance))
             self.tell("average", 1, 1)
             if looked is None:
                 raise InputError(f"{self.name}: the average of its frames cannot be used: {self.left_out[-1][1]}")
