@@ -88,6 +88,31 @@ def test_views_made_elsewhere_give_the_same_answer(moving):
     assert again.reason == found.reason
 
 
+def test_a_registration_that_was_stopped_goes_on_where_it_was():
+    made = stack(n=6, size=160, jumps=1, seed=4)
+    whole, kept, asked = register(made.frames), {}, []
+
+    def until(last):
+        def keep(name, step):
+            asked.append(name)
+            if name not in kept:
+                kept[name] = pickle.dumps(step())
+            if name == last:
+                raise KeyboardInterrupt
+            return pickle.loads(kept[name])
+
+        return keep
+
+    with pytest.raises(KeyboardInterrupt):
+        register(made.frames, keep=until("round_0"))
+    assert asked == ["grown", "round_0"] == list(kept)
+    before = dict(kept)
+    again = register(made.frames, keep=until(None))
+    assert {name: kept[name] for name in before} == before
+    assert np.array_equal(again.shift, whole.shift) and np.array_equal(again.sigma, whole.sigma)
+    assert np.array_equal(again.p, whole.p) and np.array_equal(again.reference.total, whole.reference.total)
+
+
 def test_lines_of_the_scan_that_stand_still_do_not_hold_the_shifts():
     made = stack(n=28, size=192, jumps=1, jitter=0.0, speed=0.8, stripes=1.5, seed=5)
     first, last = (np.fft.fft2(made.frames[k]) for k in (0, -1))

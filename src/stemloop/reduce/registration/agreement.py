@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,34 +21,53 @@ ROUNDS = 3
 _MOST_RUNS = 40
 
 
-def agreed(stack: Stack, place: Floats, tell: Callable[[int], None]) -> tuple[list[Fit], Floats, Canvas]:
-    """All views asked again against all others, weighed along the chain, and refined."""
+#: Gives what a step gives: by doing it, or because it is kept under that name from before.
+Keep = Callable[[str, Callable[[], Any]], Any]
+
+
+class Agreement(NamedTuple):
+    """Where a round left the views: their ``fits``, the ``chance`` (n,) of each place along the chain, and that of the
+    ``whole`` (n,) run that each is in."""
+
+    fits: list[Fit]
+    chance: Floats
+    whole: Floats
+
+
+def agreed(
+    stack: Stack, place: Floats, tell: Callable[[int], None], keep: Keep = lambda _, step: step()
+) -> tuple[list[Fit], Floats, Canvas]:
+    """All views asked again against all others, weighed along the chain, and refined; each round is kept by itself."""
     n = len(stack)
-    chance = np.ones(n)
-    fits = _centred([Fit(p, np.full(2, np.nan), 1.0, 1.0) for p in place])
-    whole = np.ones(n)
-    canvas = summed(stack, fits)
+    now = Agreement(_centred([Fit(p, np.full(2, np.nan), 1.0, 1.0) for p in place]), np.ones(n), np.ones(n))
     for turn in range(ROUNDS):
-        places = [fit.place for fit in fits]
-        if turn < ROUNDS - 1:
-            found = []
-            for k in range(n):
-                with _Without(stack, canvas, k, fits[k]):
-                    found.append(candidates(stack, k, canvas, fits[k].place))
-                tell(turn * n + k + 1)
-            places, chance = chained(found, places, stack.shape)
-        else:
-            _stragglers(stack, fits, canvas, places)
-        old, fits = fits, []
+        now = keep(f"round_{turn}", partial(_round, stack, now, turn, tell))
+    tell(ROUNDS * n)
+    return now.fits, now.chance * now.whole, summed(stack, now.fits)
+
+
+def _round(stack: Stack, now: Agreement, turn: int, tell: Callable[[int], None]) -> Agreement:
+    """Candidates, the chain, refinement and runs; the last round only refines."""
+    n, (old, chance, whole) = len(stack), now
+    canvas = summed(stack, old)
+    places = [fit.place for fit in old]
+    if turn < ROUNDS - 1:
+        found = []
         for k in range(n):
             with _Without(stack, canvas, k, old[k]):
-                fits.append(refined(stack, k, canvas, places[k]))
-        if turn < ROUNDS - 1:
-            whole = joined(stack, fits)
-            fits = _centred(fits)
-        canvas = summed(stack, fits)
-    tell(ROUNDS * n)
-    return fits, chance * whole, canvas
+                found.append(candidates(stack, k, canvas, places[k]))
+            tell(turn * n + k + 1)
+        places, chance = chained(found, places, stack.shape)
+    else:
+        _stragglers(stack, old, canvas, places)
+    fits = []
+    for k in range(n):
+        with _Without(stack, canvas, k, old[k]):
+            fits.append(refined(stack, k, canvas, places[k]))
+    if turn < ROUNDS - 1:
+        whole = joined(stack, fits)
+        fits = _centred(fits)
+    return Agreement(fits, chance, whole)
 
 
 def _centred(fits: list[Fit]) -> list[Fit]:
