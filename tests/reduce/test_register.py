@@ -307,7 +307,7 @@ def test_columns_of_an_average_are_at_the_bound_with_their_deviations():
     rng = np.random.default_rng(10)
     size, n, dose = 288, 12, 1e4
     layout = pictures.jittered(pictures.layout("SrTiO3[001]", (size, size), 15.0, 0.1, margin=-90.0), 3.0, rng)
-    shift = np.concatenate([rng.uniform(-3, 3, (6, 2)), rng.uniform(-3, 3, (6, 2)) + (80, 0)])
+    shift = np.concatenate([rng.uniform(-3, 3, (6, 2)), rng.uniform(-3, 3, (6, 2)) + np.array([80, 0])])
     frames = np.array([pictures.counted(pictures.mean_image(layout, dose, shift=tuple(s)), rng) for s in shift])
     mean = average(frames, Known(shift, (size, size)))
     found = find_columns(mean.image, variance=mean.variance)
