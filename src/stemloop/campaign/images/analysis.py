@@ -389,8 +389,8 @@ class _Run:
         else:
             image, corner = covered(averaged.image, averaged.weight)
             self.corner = corner
-            part = tuple(slice(first, first + size) for first, size in zip(corner, image.shape, strict=True))
-            variance = averaged.variance[part]
+            (top, left), (rows, columns) = corner, image.shape
+            variance = averaged.variance[top : top + rows, left : left + columns]
             self.notes.append(
                 f"the average of {count - len(bad)} frames is shown, where at least half of them overlap: "
                 f"{image.shape[0]} x {image.shape[1]} px from ({corner[0]}, {corner[1]}) on."
