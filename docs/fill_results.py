@@ -209,6 +209,42 @@ def stream(found: dict[str, Any]) -> str:
     return table(head, ((*(r[k] for k in keys), found["append_fdatasync_ms"]) for r in found["rates"]))
 
 
+STACKS = {
+    "still": "one still image of the whole dose",
+    "true_shifts_and_lines": "the average by the true shifts of frames and lines",
+    "true_shifts": "by the true shifts of frames",
+    "found": "by the shifts that were found",
+}
+
+
+def stacks(found: dict[str, Any]) -> str:
+    def row(way: str, words: str) -> list[Any]:
+        one = found["over_bound"][way]
+        both = [f"{y:.3f}, {x:.3f}" for y, x in (one["site_0"], one["site_1"])]
+        return [words, *both, f"{one['all']:.3f} ± {one['by_chance']:.3f}", f"{one['deviations']:.3f}"]
+
+    ways = table(
+        "columns of | error over the bound, bright (y, x) | weak (y, x) | all | deviations over the bound",
+        (row(way, words) for way, words in STACKS.items()),
+    )
+    cases = table(
+        "seed | frames named bad | worst shift [px] | rms y, x [px] | register [CPU s] | average [CPU s] | all columns",
+        (
+            [
+                case["seed"],
+                ", ".join(case["outliers"]),
+                case["worst_px"],
+                ", ".join(word(v) for v in case["rms_px"]),
+                case["register_cpu_s"],
+                case["average_cpu_s"],
+                f"{case['over_bound']['found']['all']:.3f} ± {case['over_bound']['found']['by_chance']:.3f}",
+            ]
+            for case in found["cases"]
+        ),
+    )
+    return f"{ways}\n\n{cases}"
+
+
 def columns(found: dict[str, Any]) -> str:
     rows = []
     cases: dict[tuple[int, float, float], list[dict[str, Any]]] = {}
@@ -314,6 +350,7 @@ BENCHMARKS: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "decision": (RESULTS / "decision.json", decision),
     "coverage": (RESULTS / "belief_coverage.json", coverage),
     "columns": (RESULTS / "columns.json", columns),
+    "stacks": (RESULTS / "stacks.json", stacks),
     "control": (RESULTS / "control.json", control),
     "structures": (RESULTS / "structures.json", structures),
     "stream": (RESULTS / "stream_durable.json", stream),

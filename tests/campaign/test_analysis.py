@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -262,6 +263,32 @@ def test_a_killed_analysis_goes_on_and_ends_with_the_same_bytes(moving, tmp_path
     changed = [path.stat().st_mtime_ns for path in done]
     analyze(folder / "stack.npy", out, pixel_size_nm=PIXEL_PM / 1e3, frame_time_s=0.5, workers=1)
     assert [path.stat().st_mtime_ns for path in done] == changed
+    assert sums(out) == sums(folder / "out")
+
+
+def test_a_registration_that_was_stopped_goes_on_where_it_was(moving, tmp_path):
+    folder, out = moving[0], tmp_path / "out"
+    shutil.copytree(folder / "out", out)
+    for path in out.glob("*.npz"):  # the frames are done, and what they say together is not
+        path.unlink()
+    said: list[int] = []
+
+    def until(step, done, of):
+        if step == "registering":
+            said.append(done)
+            if done > 3 * of // 5:  # of five passes over the frames the third is done
+                raise KeyboardInterrupt
+
+    words = {"pixel_size_nm": PIXEL_PM / 1e3, "frame_time_s": 0.5, "workers": 1}
+    with pytest.raises(KeyboardInterrupt):
+        analyze(folder / "stack.npy", out, progress=until, **words)
+    kept = {path.name for path in out.glob("registration*")}
+    assert kept == {"registration_grown.npz", "registration_round_0.npz"}
+    before = list(said)
+    with pytest.raises(KeyboardInterrupt):
+        analyze(folder / "stack.npy", out, progress=until, **words)
+    assert len(said) - len(before) < len(before)  # neither is done again
+    analyze(folder / "stack.npy", out, **words)
     assert sums(out) == sums(folder / "out")
 
 

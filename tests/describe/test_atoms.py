@@ -234,3 +234,40 @@ def test_the_table_names_what_was_found():
     assert np.isfinite([table[name] for name in table.dtype.names]).all()
     peak = 1e4 * 0.15**2 * 0.08
     assert abs(np.median(table["background"]) - 0.1 * peak) < 0.03 * peak
+
+
+def test_a_variance_that_is_known_is_believed():
+    """One half of the image has four times the noise: there the deviations double, and the places are as they say."""
+    rng, width, shape = np.random.default_rng(7), 3.0, (256, 256)
+    points, amplitude = lattice("SrTiO3", 15.0, shape, rng)
+    clean = expected(points, amplitude, width, shape, 100.0)
+    variance = np.full(shape, 25.0)
+    variance[:, 128:] = 100.0
+    image = clean + rng.normal(0, 1, shape) * np.sqrt(variance)
+    columns = find_columns(image, variance=variance)
+    place = columns.position
+    distance, nearest = cKDTree(points).query(place)
+    inner = (distance < width) & ((place > 9) & (place < 246)).all(axis=1) & (np.abs(place[:, 1] - 128) > 9)
+    left, bright = place[:, 1] < 128, amplitude[nearest] == 1
+    halves = [np.median(columns.sigma[inner & bright & half]) for half in (left, ~left)]
+    assert halves[1] / halves[0] == pytest.approx(2, rel=0.1)
+    z = (place - points[nearest]) / columns.sigma
+    for half in (left, ~left):  # some 80 columns of two coordinates: known to 6 %
+        assert z[inner & half].std() == pytest.approx(1, abs=0.17)
+
+
+def test_pixels_without_a_variance_count_for_nothing():
+    rng, width, shape = np.random.default_rng(8), 3.0, (128, 128)
+    points, amplitude = lattice("SrTiO3", 15.0, shape, rng)
+    image = rng.poisson(expected(points, amplitude, width, shape, 100.0)).astype(float)
+    variance = np.full(shape, 50.0)
+    hole = np.zeros(shape, bool)
+    hole[50:70, 50:70] = True
+    spoilt, missing = np.where(hole, 1e4, image), np.where(hole, np.nan, image)
+    columns = find_columns(spoilt, variance=np.where(hole, np.inf, variance))
+    same = find_columns(missing, variance=variance)
+    assert np.array_equal(columns.position, same.position)
+    with pytest.raises(InputError, match="variance for each pixel"):
+        find_columns(image, variance=variance[1:])
+    with pytest.raises(InputError, match="no pixel has a finite positive"):
+        find_columns(image, variance=0 * variance)

@@ -88,6 +88,31 @@ def test_views_made_elsewhere_give_the_same_answer(moving):
     assert again.reason == found.reason
 
 
+def test_a_registration_that_was_stopped_goes_on_where_it_was():
+    made = stack(n=6, size=160, jumps=1, seed=4)
+    whole, kept, asked = register(made.frames), {}, []
+
+    def until(last):
+        def keep(name, step):
+            asked.append(name)
+            if name not in kept:
+                kept[name] = pickle.dumps(step())
+            if name == last:
+                raise KeyboardInterrupt
+            return pickle.loads(kept[name])
+
+        return keep
+
+    with pytest.raises(KeyboardInterrupt):
+        register(made.frames, keep=until("round_0"))
+    assert asked == ["grown", "round_0"] == list(kept)
+    before = dict(kept)
+    again = register(made.frames, keep=until(None))
+    assert {name: kept[name] for name in before} == before
+    assert np.array_equal(again.shift, whole.shift) and np.array_equal(again.sigma, whole.sigma)
+    assert np.array_equal(again.p, whole.p) and np.array_equal(again.reference.total, whole.reference.total)
+
+
 def test_lines_of_the_scan_that_stand_still_do_not_hold_the_shifts():
     made = stack(n=28, size=192, jumps=1, jitter=0.0, speed=0.8, stripes=1.5, seed=5)
     first, last = (np.fft.fft2(made.frames[k]) for k in (0, -1))
@@ -211,14 +236,7 @@ def test_averages_are_sharp_white_and_counted():
     def seen(s):  # an oscillation of 2.9 px, finer than any probe
         return np.cos(2 * np.pi * (x[:, None] - s[0]) / 2.9) * np.cos(2 * np.pi * (x[None, :] - s[1]) / 9.0)
 
-    class Known:
-        shape, outlier, pattern = (size, size), np.zeros(n, bool), None
-
-        def __len__(self):
-            return n
-
-    known = Known()
-    known.shift = shift
+    known = Known(shift, (size, size))
     clean = average(np.array([seen(s) for s in shift]), known)
     inner = (slice(16, -16), slice(16, -16))
     assert np.abs(clean.image - seen((0, 0)))[inner].max() < 0.03  # mirrored borders ring a little
@@ -231,6 +249,93 @@ def test_averages_are_sharp_white_and_counted():
     for axis in (0, 1):
         beside = (field * np.roll(field, 1, axis))[1:, 1:].mean() / field.var()
         assert abs(beside) < 4 / np.sqrt(field.size)
+
+
+class Known:
+    """A registration of which only the shifts are known."""
+
+    pattern = None
+
+    def __init__(self, shift, shape):
+        self.shift, self.shape, self.outlier = shift, shape, np.zeros(len(shift), bool)
+
+    def __len__(self):
+        return len(self.shift)
+
+
+def test_an_average_of_images_without_noise_is_the_image():
+    """To machine precision, with lines displaced one by one: what is band-limited (a Gaussian of 2.5 px has 4e-14 of
+    its transform at 0.5 / px) is moved exactly, if it does not reach the border, where a series is mirrored."""
+    rng = np.random.default_rng(8)
+    size, n, width = 96, 9, 2.5
+    shift, lines = rng.uniform(-6, 6, (n, 2)), rng.normal(0, 0.5, (n, size))
+    middle = rng.uniform(34, 62, (12, 2))
+    bright = rng.uniform(0.5, 2, 12)
+    y, x = np.arange(size)[None, :, None], np.arange(size)[None, None, :]
+
+    def seen(by=(0.0, 0.0), line=0.0):
+        down = y - (middle[:, :1, None] + by[0])
+        across = x - (middle[:, 1:, None] + by[1]) - np.reshape(line, (1, -1, 1))
+        return (bright[:, None, None] * np.exp(-0.5 * (down**2 + across**2) / width**2)).sum(axis=0)
+
+    frames = np.array([seen(by, line) for by, line in zip(shift, lines, strict=True)])
+    mean = average(frames, Known(shift, (size, size)), line_shift=lines)
+    whole = mean.weight == n
+    assert whole.sum() > 0.6 * size**2
+    assert np.abs(mean.image - seen())[whole].max() < 1e-9  # the farthest tails reach the border at 1e-11
+
+
+def test_the_variance_of_an_average_is_that_of_its_noise():
+    """Poisson counts, every pixel seen by another number of frames: the squared noise over the variance has the mean
+    one, on dark pixels and on bright ones (a pixel's square scatters by root two, 1 % in the mean of a part)."""
+    rng = np.random.default_rng(9)
+    layout = pictures.layout("SrTiO3[001]", (208, 208), 15.0, 0.1, margin=-60.0)
+    shift = rng.uniform(-40, 40, (30, 2))
+    frames = np.array([pictures.counted(pictures.mean_image(layout, 4e3, shift=tuple(s)), rng) for s in shift])
+    mean = average(frames, Known(shift, (208, 208)))
+    assert np.array_equal(np.isnan(mean.variance), mean.weight == 0)
+    expected = pictures.mean_image(layout, 4e3)
+    often = mean.weight >= 4
+    ratio = (mean.image - expected) ** 2 / mean.variance
+    dark = expected < np.median(expected)
+    for part in (often & dark, often & ~dark, often & (mean.weight < 15)):
+        assert ratio[part].mean() == pytest.approx(1, abs=0.06)
+
+
+def test_columns_of_an_average_are_at_the_bound_with_their_deviations():
+    """Of the whole dose where all frames are, and by what is there at the rim."""
+    rng = np.random.default_rng(10)
+    size, n, dose = 288, 12, 1e4
+    layout = pictures.jittered(pictures.layout("SrTiO3[001]", (size, size), 15.0, 0.1, margin=-90.0), 3.0, rng)
+    shift = np.concatenate([rng.uniform(-3, 3, (6, 2)), rng.uniform(-3, 3, (6, 2)) + np.array([80, 0])])
+    frames = np.array([pictures.counted(pictures.mean_image(layout, dose, shift=tuple(s)), rng) for s in shift])
+    mean = average(frames, Known(shift, (size, size)))
+    found = find_columns(mean.image, variance=mean.variance)
+    distance, index = cKDTree(layout.position).query(found.position)
+    place = found.position
+    count = mean.weight[tuple(np.rint(place).astype(int).T)]
+    near = (distance < 2) & (np.abs(place - size / 2) < size / 2 - 14).all(axis=1)
+    near &= np.abs(place[:, 0] - (size - 80)) > 14  # columns through which the rim of half of the frames goes
+    best = np.array([bound("SrTiO3[001]", site, dose) for site in (0, 1)])[layout.site[index]] / np.sqrt(count)
+    error = place - layout.position[index]
+    for part in (near & (count == n), near & (count == 6)):
+        over = error[part] / best[part, None]
+        # 1.02 on a single image; some 200 and 60 columns, two coordinates: known to 3.5 and 6 %
+        assert np.sqrt((over**2).mean()) < 1.02 + 3 / np.sqrt(2 * over.size)
+        z = error[part] / found.sigma[part]
+        assert z.std() == pytest.approx(1, abs=3 / np.sqrt(2 * z.size))
+
+
+def test_a_large_crystal_that_nearly_repeats_is_followed_from_its_first_frame():
+    """More places fit two single frames alike than can be kept: those near the drift must be among them. Lost there,
+    the stack once lay two hundred pixels off its canvas, and frames that jumped from there were beyond reach."""
+    made = stack(n=6, size=512, jumps=0, jitter=0.0, seed=21, vacancies=0.01)
+    found = register(made.frames)
+    assert not found.outlier.any()
+    assert np.abs(error(found, made.shift)).max() < 0.1
+    rows, columns = (np.flatnonzero(found.reference.weight.any(axis=axis)) for axis in (1, 0))
+    middle = np.array([rows.min() + rows.max(), columns.min() + columns.max()]) / 2
+    assert np.abs(middle / np.array(found.reference.weight.shape) - 0.5).max() < 0.03
 
 
 def test_a_frame_is_moved_exactly_and_its_holes_with_it():
@@ -263,19 +368,19 @@ def test_two_hundred_frames_at_a_thousand_electrons():
     mean = average(frames, found)
     deep = mean.weight == good.sum()
     rows, columns = np.flatnonzero(deep.any(axis=1))[1:-1], np.flatnonzero(deep.any(axis=0))[1:-1]
-    image = mean.image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    columns_found = find_columns(image)
+    part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    columns_found = find_columns(mean.image[part], variance=mean.variance[part])
     truth = made.layout.position - gauge - [rows[0], columns[0]]
     distance, index = cKDTree(truth).query(columns_found.position)
     assert (distance < 2).mean() > 0.995
     near = distance < 2
     offset = (columns_found.position - truth[index])[near]
     offset -= np.median(offset, axis=0)
-    for site in (0, 1):
-        chosen = offset[made.layout.site[index][near] == site]
-        best = bound("SrTiO3[001]", site, made.dose * good.sum())
-        # some 300 columns of a site: a root mean square is known to 3 %; lines that wander by 0.2 px cost 2 % along x
-        assert np.sqrt((chosen**2).mean()) < 1.1 * best
+    best = np.array([bound("SrTiO3[001]", site, made.dose * good.sum()) for site in (0, 1)])
+    over = offset / best[made.layout.site[index][near], None]
+    # over many stacks 1.03 to 1.04 (2 % are the finder's, 1 % the lines that wander by 0.2 px); the root mean square of
+    # some 1100 coordinates is known to 2 %, and a few columns are cut by the border
+    assert np.sqrt((over**2).mean()) < 1.08
 
 
 @real

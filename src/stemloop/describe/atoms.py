@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from scipy import special
 from scipy.spatial import cKDTree
 
+from stemloop.core.errors import InputError
 from stemloop.core.structure import Columns
 from stemloop.describe.finding import filters, fitting, gaussians
 from stemloop.describe.finding.brightness import sublattices
 from stemloop.describe.finding.classes import crystals, places
 from stemloop.describe.finding.gaussians import Floats, Image
-from stemloop.describe.finding.noise import Noise, noise_of
+from stemloop.describe.finding.noise import Given, Noise, noise_of
 from stemloop.describe.finding.raster import Raster, Region, raster_of
 from stemloop.describe.finding.scale import Scale, scale_of, scale_of_spots
 from stemloop.describe.finding.sites import classes, expected, occupancy, presence, settled
@@ -73,7 +74,9 @@ class _Found(NamedTuple):
         return _Found._make([*parts, self.vacant, self.ordered])
 
 
-def find_columns(image: NDArray[np.generic], pixel_size_nm: float | None = None) -> Columns:
+def find_columns(
+    image: NDArray[np.generic], pixel_size_nm: float | None = None, *, variance: NDArray[np.generic] | None = None
+) -> Columns:
     """Find the atom columns of a HAADF image and measure where they are.
 
     A column is a local maximum of the matched-filtered image (blind to constants and slopes) that noise alone would
@@ -88,6 +91,10 @@ def find_columns(image: NDArray[np.generic], pixel_size_nm: float | None = None)
         saturated detector, count for nothing. Large images are searched in regions of about 1024 px; a memory map
         is read as it goes.
     pixel_size_nm : size of a pixel [nm]; only needed where the columns have no period (single atoms on a support).
+    variance : (rows, columns) variance of the noise of each pixel [grey levels squared], if it is known, as of an
+        average (:attr:`stemloop.reduce.register.Averaged.variance`), where it depends on how often a pixel was seen and
+        the finest differences tell it wrongly. It must not follow the noise itself. Pixels for which it is not finite
+        or not positive count for nothing. Read from the image if None.
 
     Returns
     -------
@@ -110,21 +117,43 @@ def find_columns(image: NDArray[np.generic], pixel_size_nm: float | None = None)
     background (the Cramer-Rao bound; A. J. den Dekker et al., Ultramicroscopy 104 (2005) 83,
     doi:10.1016/j.ultramic.2005.03.001).
     """
+    if variance is not None:
+        image, variance = _known(image, variance)
     raster = raster_of(image)
     noise = noise_of(raster.sample(512, 4))
     scale = scale_of((levels for levels, _ in raster.sample(256, 16)), noise, pixel_size_nm)
     found = []
     for region in raster.regions(_AROUND * scale.width):
-        part = _searched(region, raster, noise, scale)
+        here = noise if variance is None else _given(variance, region, raster)
+        part = _searched(region, raster, here, scale)
         if (
             scale.periodic and not part.ordered and len(part.value) >= _MANY
         ):  # edges and stripes are sharp in a spectrum too
-            part = _searched(region, raster, noise, scale_of_spots([region.pixels], noise, pixel_size_nm))
+            part = _searched(region, raster, here, scale_of_spots([region.pixels], noise, pixel_size_nm))
         found.append(_own(part, region))
     return _columns(_joined(found), raster)
 
 
-def _searched(region: Region, raster: Raster, noise: Noise, scale: Scale) -> _Found:
+def _known(image: Any, variance: Any) -> tuple[NDArray[Any], Floats]:
+    """The image without the pixels whose ``variance`` is unknown, and the variance, with its median there."""
+    pixels, of = np.asarray(image), np.asarray(variance, dtype=np.float64)
+    if of.shape != pixels.shape:
+        raise InputError(f"an image of {pixels.shape} px needs a variance for each pixel; got the shape {of.shape}.")
+    known = np.isfinite(of) & (of > 0)
+    if known.all():
+        return pixels, of
+    if not known.any():
+        raise InputError("no pixel has a finite positive variance; leave the variance out if it is not known.")
+    return np.where(known, pixels, np.nan), np.where(known, of, np.median(of[known]))
+
+
+def _given(variance: NDArray[Any], region: Region, raster: Raster) -> Given:
+    """The part of ``variance`` that is a region's, in its levels."""
+    (top, left), (rows, columns) = region.offset.astype(int), region.pixels.shape
+    return Given((variance[top : top + rows, left : left + columns] * raster.per**2).astype(np.float32))
+
+
+def _searched(region: Region, raster: Raster, noise: Noise | Given, scale: Scale) -> _Found:
     """The columns of a region, by two fits: of what stands out, and of that with what the first fit uncovered."""
     pixels, width, excess = region.pixels, scale.width, 1.0
     value: Floats = np.zeros((0, 4))
@@ -163,7 +192,7 @@ def _searched(region: Region, raster: Raster, noise: Noise, scale: Scale) -> _Fo
 
 
 def _finished(
-    region: Region, raster: Raster, noise: Noise, scale: Scale, value: Floats, background: Floats, width: float
+    region: Region, raster: Raster, noise: Noise | Given, scale: Scale, value: Floats, background: Floats, width: float
 ) -> _Found:
     """The last fit: with the columns that the lattice expects and that may be there, weighted by the model's noise.
     Which of these are there is judged before it, and again after it."""
@@ -390,7 +419,7 @@ def _columns(found: _Found, raster: Raster) -> Columns:
     )
 
 
-def _data(region: Region, mean: Image, raster: Raster, noise: Noise) -> tuple[Image, Image]:
+def _data(region: Region, mean: Image, raster: Raster, noise: Noise | Given) -> tuple[Image, Image]:
     """The region's levels and their weights, one over the variance at ``mean``.
 
     What was not measured has the level ``mean`` and no weight. A detector that saturates at c shows, of a pixel that
@@ -423,13 +452,13 @@ def _present(region: Region, places: NDArray[np.int64], width: float) -> NDArray
     return filters.around(there, places, round(1.5 * width))[0] > _LEAST_MEASURED
 
 
-def _peaks(pixels: Image, soft: Image, noise: Noise, width: float) -> tuple[NDArray[np.int64], Floats]:
+def _peaks(pixels: Image, soft: Image, noise: Noise | Given, width: float) -> tuple[NDArray[np.int64], Floats]:
     """(n, 2) maxima of the negative Laplacian of a Gaussian of ``width`` and how many deviations of the noise around
     (without the peak's own) each is."""
     response = filters.negative_laplacian(pixels, width)
     places = filters.maxima(response, max(1, round(width)), 0.0)
     mean, _ = filters.around(soft, places, max(2, round(3.9 * width)))
-    variance = noise.variance(mean.astype(np.float32)) * filters.laplacian_gain(width)
+    variance = noise.at(places, mean.astype(np.float32)) * filters.laplacian_gain(width)
     return places, response[tuple(places.T)] / np.sqrt(variance)
 
 

@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from stemloop.core.errors import InputError
 from stemloop.core.protocols import Frames
 from stemloop.reduce.maps import MapRegistration, register_to_map
-from stemloop.reduce.registration.agreement import ROUNDS, agreed
+from stemloop.reduce.registration.agreement import ROUNDS, Keep, agreed
 from stemloop.reduce.registration.averaging import Averaged, along_lines, average, placed
-from stemloop.reduce.registration.candidates import candidates
+from stemloop.reduce.registration.candidates import candidates, prior
 from stemloop.reduce.registration.canvas import Canvas
-from stemloop.reduce.registration.chain import grown, prior
+from stemloop.reduce.registration.chain import grown
 from stemloop.reduce.registration.content import Stack
 from stemloop.reduce.registration.outliers import mismatch, unlike
 from stemloop.reduce.registration.pattern import Mean, standing
@@ -65,7 +65,11 @@ __all__ = [
 
 
 def register(
-    frames: Frames, *, views: Sequence[View] | None = None, progress: Callable[[int, int], None] | None = None
+    frames: Frames,
+    *,
+    views: Sequence[View] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    keep: Keep = lambda _, step: step(),
 ) -> Registration:
     """Find the shift of every frame of a stack.
 
@@ -75,6 +79,8 @@ def register(
     views : what :func:`view_of` made of each frame with :func:`view_shape`'s shape, if that was done before, perhaps
         by other processes; the frames are then read only for what stands still.
     progress : is called with (steps done, of).
+    keep : is called with (name, step) for each of the long parts of the work, and gives what ``step()`` gives: by doing
+        it, or, where the same stack was begun before, from where it kept it. The answer is the same to the last bit.
 
     Returns
     -------
@@ -108,8 +114,8 @@ def register(
     if len(good) == 0:
         raise InputError(f"none of the {n} frames can be registered; the first: {reasons[0]}.")
     stack = Stack(np.stack([seen[k].image for k in good]), shape)
-    place = grown(stack, lambda done: tell(n + done, steps))
-    fits, chance, canvas = agreed(stack, place, lambda done: tell(2 * n + done, steps))
+    place = keep("grown", lambda: grown(stack, lambda done: tell(n + done, steps)))
+    fits, chance, canvas = agreed(stack, place, lambda done: tell(2 * n + done, steps), keep)
     return _named(n, shape, good, reasons, stack, canvas, fits, chance, mean)
 
 
@@ -130,8 +136,9 @@ def shift_of(frame: NDArray[Any], reference: Reference, near: NDArray[Any] | Non
         reference.total, reference.weight, reference.odd, reference.odd_weight, reference.own, reference.own_weight
     )
     scale = np.array(reference.scale)
-    found = candidates(stack, 0, canvas)
-    drift = 0.0 if near is None else prior(found.place - np.asarray(near) / scale, np.full(2, 2.0), stack.shape)
+    about = np.zeros(2) if near is None else np.asarray(near, dtype=np.float64) / scale
+    found = candidates(stack, 0, canvas, about)
+    drift = 0.0 if near is None else prior(found.place - about, np.full(2, 2.0), stack.shape)
     best, p = found.best(drift)
     fit = refined(stack, 0, canvas, found.place[best])
     if reason := mismatch(fit, stack):

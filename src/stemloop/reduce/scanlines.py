@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import fft, ndimage, optimize
+from scipy import ndimage, optimize
 
 from stemloop.core.errors import InputError
-from stemloop.core.noise import Noise, noise_of, restored, stabilised
+from stemloop.core.noise import noise_of, restored, stabilised
 from stemloop.core.protocols import Frames
 from stemloop.reduce.denoise import column_width, limited, repeated, translations
 from stemloop.reduce.register import Registration, along_lines, average
+from stemloop.reduce.registration.averaging import clear
 from stemloop.reduce.shifting import remembered
 
 Floats = NDArray[np.float64]
@@ -85,15 +86,15 @@ def line_shifts(
     n, rows = len(frames), registration.shape[0]
     image = average(frames, registration).image if mean is None else np.asarray(mean, dtype=np.float64)
     known = np.isfinite(image)
-    noise = noise_of(image)
-    clear = _clear(np.where(known, image, image[known].mean()), noise)
+    filled = np.where(known, image, image[known].mean())
+    expected = clear(filled, float(noise_of(image).variance(filled).mean()))
     used = np.flatnonzero(~registration.outlier)
     raw, sigma = np.full((n, rows), np.nan), np.full((n, rows), np.nan)
     for k in used.tolist():
         frame = np.asarray(frames[k], dtype=np.float64)
         if registration.pattern is not None:
             frame = frame - registration.pattern
-        seen, there = _as_seen(clear, known, registration.shift[k])
+        seen, there = _as_seen(expected, known, registration.shift[k])
         raw[k], sigma[k] = _against(frame, seen, there & np.isfinite(frame))
     wander, memory = _habit(raw[used], sigma[used])
     for k in used.tolist():
@@ -152,14 +153,6 @@ def _of_image(image: NDArray[Any]) -> LineShifts:
         shift, sigma = _smoothed(total, sigma, wander, memory)
         shift = shift - shift.mean()
     return LineShifts(shift, sigma, wander, memory)
-
-
-def _clear(image: Floats, noise: Noise) -> Floats:
-    """The mean image without the frequencies that drown in its own noise (a Wiener filter)."""
-    spectrum = fft.dctn(image, norm="ortho")
-    variance = float(noise.variance(image).mean())
-    power = ndimage.uniform_filter(spectrum**2, 3)
-    return np.asarray(fft.idctn(spectrum * np.maximum(1 - 1.5 * variance / np.maximum(power, 1e-300), 0), norm="ortho"))
 
 
 def _as_seen(image: Floats, known: NDArray[np.bool_], shift: Floats) -> tuple[Floats, NDArray[np.bool_]]:

@@ -366,8 +366,13 @@ class _Run:
         count = len(self.stack)
         usable = _Usable(self.stack, set(bad))
         registration = self.once(
-            "registration", lambda: register(usable, progress=lambda k, *_: self.tell("registering", k, count))
+            "registration",
+            lambda: register(
+                usable, progress=lambda k, of: self.tell("registering", k, of), keep=self._part_of_registration
+            ),
         )
+        for part in self.folder.glob("registration_*.npz"):
+            part.unlink()
         averaged = None
         if registration is not None:
             for k in np.flatnonzero(registration.outlier):
@@ -384,12 +389,14 @@ class _Run:
         else:
             image, corner = covered(averaged.image, averaged.weight)
             self.corner = corner
+            (top, left), (rows, columns) = corner, image.shape
+            variance = averaged.variance[top : top + rows, left : left + columns]
             self.notes.append(
                 f"the average of {count - len(bad)} frames is shown, where at least half of them overlap: "
                 f"{image.shape[0]} x {image.shape[1]} px from ({corner[0]}, {corner[1]}) on."
             )
             self.tell("average", 0, 1)
-            looked = self.once("average_result", lambda: understand(image, self.size, self.wanted))
+            looked = self.once("average_result", lambda: understand(image, self.size, self.wanted, variance))
             self.tell("average", 1, 1)
             if looked is None:
                 raise InputError(f"{self.name}: the average of its frames cannot be used: {self.left_out[-1][1]}")
@@ -399,6 +406,16 @@ class _Run:
         self._moved(analysis, frame_time_s)
         analysis.left_out = [*self.left_out, *found.left_out]
         return analysis
+
+    def _part_of_registration(self, name: str, step: Callable[[], T]) -> T:
+        """What ``step`` gives, kept until the whole registration is."""
+        path = self.folder / f"registration_{name}.npz"
+        if path.exists():
+            kept: T = packed.read(path)
+            return kept
+        made = step()
+        packed.write(path, made)
+        return made
 
     def _straight(self, usable: _Usable, registration: Registration, averaged: Averaged) -> Averaged:
         """The average with its scan lines set straight, where they wander."""

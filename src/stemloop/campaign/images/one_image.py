@@ -91,8 +91,11 @@ def finder(name: str) -> Callable[..., Columns]:
     raise InputError(f"no column finder is called {name!r}; known: {', '.join(FINDERS)}.")
 
 
-def understand(image: NDArray[Any], pixel_size: PixelSize, wanted: Wanted) -> Understood:
-    """Everything that is known of ``image`` (rows, columns).
+def understand(
+    image: NDArray[Any], pixel_size: PixelSize, wanted: Wanted, variance: NDArray[Any] | None = None
+) -> Understood:
+    """Everything that is known of ``image`` (rows, columns), whose noise has the ``variance`` (rows, columns), if that
+    is known; the network does not ask for it.
 
     Raises
     ------
@@ -100,7 +103,10 @@ def understand(image: NDArray[Any], pixel_size: PixelSize, wanted: Wanted) -> Un
     """
     pixels = np.asarray(image)
     nanometres = None if pixel_size.value_m is None else 1e9 * pixel_size.value_m
-    columns = finder(wanted.finder)(pixels, nanometres)
+    if wanted.finder == "classical":
+        columns = find_columns(pixels, nanometres, variance=variance)
+    else:
+        columns = finder(wanted.finder)(pixels, nanometres)
     shape = (int(pixels.shape[0]), int(pixels.shape[1]))
     notes = _notes(pixels)
     if len(columns) == 0:

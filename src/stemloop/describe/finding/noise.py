@@ -26,6 +26,22 @@ class Noise(NamedTuple):
     def variance(self, intensity: Image) -> Image:
         return np.maximum(np.float32(self.gain) * intensity + np.float32(self.floor), np.float32(self.least))
 
+    def at(self, places: NDArray[np.int64], intensity: Image) -> Image:
+        """The variance at ``places`` (n, 2) of the ``intensity`` (n,)."""
+        return self.variance(intensity)
+
+
+class Given(NamedTuple):
+    """The variance of each pixel of a region, known beforehand: ``map`` (rows, columns)."""
+
+    map: Image
+
+    def variance(self, intensity: Image) -> Image:
+        return self.map
+
+    def at(self, places: NDArray[np.int64], intensity: Image) -> Image:
+        return np.asarray(self.map[tuple(places.T)])
+
 
 def noise_of(parts: Iterable[tuple[Image, NDArray[np.bool_]]]) -> Noise:
     """The noise of the ``parts`` of an image: their fourth differences along rows and columns, squared, against the

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from stemloop.reduce.registration.candidates import Piece, candidates, laid
+from stemloop.reduce.registration.candidates import Piece, candidates, laid, prior
 from stemloop.reduce.registration.canvas import Canvas
-from stemloop.reduce.registration.chain import NARROWEST, chained, prior
+from stemloop.reduce.registration.chain import NARROWEST, chained
 from stemloop.reduce.registration.content import Stack
 from stemloop.reduce.registration.outliers import mismatch
 from stemloop.reduce.registration.refinement import Fit, refined
@@ -19,33 +21,60 @@ ROUNDS = 3
 _MOST_RUNS = 40
 
 
-def agreed(stack: Stack, place: Floats, tell: Callable[[int], None]) -> tuple[list[Fit], Floats, Canvas]:
-    """All views asked again against all others, weighed along the chain, and refined."""
+#: Gives what a step gives: by doing it, or because it is kept under that name from before.
+Keep = Callable[[str, Callable[[], Any]], Any]
+
+
+class Agreement(NamedTuple):
+    """Where a round left the views: their ``fits``, the ``chance`` (n,) of each place along the chain, and that of the
+    ``whole`` (n,) run that each is in."""
+
+    fits: list[Fit]
+    chance: Floats
+    whole: Floats
+
+
+def agreed(
+    stack: Stack, place: Floats, tell: Callable[[int], None], keep: Keep = lambda _, step: step()
+) -> tuple[list[Fit], Floats, Canvas]:
+    """All views asked again against all others, weighed along the chain, and refined; each round is kept by itself."""
     n = len(stack)
-    chance = np.ones(n)
-    fits = [Fit(p, np.full(2, np.nan), 1.0, 1.0) for p in place]
-    whole = np.ones(n)
-    canvas = summed(stack, fits)
+    now = Agreement(_centred([Fit(p, np.full(2, np.nan), 1.0, 1.0) for p in place]), np.ones(n), np.ones(n))
     for turn in range(ROUNDS):
-        places = [fit.place for fit in fits]
-        if turn < ROUNDS - 1:
-            found = []
-            for k in range(n):
-                with _Without(stack, canvas, k, fits[k]):
-                    found.append(candidates(stack, k, canvas))
-                tell(turn * n + k + 1)
-            places, chance = chained(found, places, stack.shape)
-        else:
-            _stragglers(stack, fits, canvas, places)
-        old, fits = fits, []
+        now = keep(f"round_{turn}", partial(_round, stack, now, turn, tell))
+    tell(ROUNDS * n)
+    return now.fits, now.chance * now.whole, summed(stack, now.fits)
+
+
+def _round(stack: Stack, now: Agreement, turn: int, tell: Callable[[int], None]) -> Agreement:
+    """Candidates, the chain, refinement and runs; the last round only refines."""
+    n, (old, chance, whole) = len(stack), now
+    canvas = summed(stack, old)
+    places = [fit.place for fit in old]
+    if turn < ROUNDS - 1:
+        found = []
         for k in range(n):
             with _Without(stack, canvas, k, old[k]):
-                fits.append(refined(stack, k, canvas, places[k]))
-        if turn < ROUNDS - 1:
-            whole = joined(stack, fits)
-        canvas = summed(stack, fits)
-    tell(ROUNDS * n)
-    return fits, chance * whole, canvas
+                found.append(candidates(stack, k, canvas, places[k]))
+            tell(turn * n + k + 1)
+        places, chance = chained(found, places, stack.shape)
+    else:
+        _stragglers(stack, old, canvas, places)
+    fits = []
+    for k in range(n):
+        with _Without(stack, canvas, k, old[k]):
+            fits.append(refined(stack, k, canvas, places[k]))
+    if turn < ROUNDS - 1:
+        whole = joined(stack, fits)
+        fits = _centred(fits)
+    return Agreement(fits, chance, whole)
+
+
+def _centred(fits: list[Fit]) -> list[Fit]:
+    """All places moved by whole pixels, so that their middle is that of the canvas: only places to each other count,
+    and how far a frame may be away is measured from the middle."""
+    middle = np.rint(np.median([fit.place for fit in fits], axis=0))
+    return [fit._replace(place=fit.place - middle) for fit in fits]
 
 
 def joined(stack: Stack, fits: list[Fit]) -> Floats:
@@ -63,7 +92,8 @@ def joined(stack: Stack, fits: list[Fit]) -> Floats:
             piece = Canvas.empty(stack.shape)
             for k in run:
                 piece.add(stack, k, fits[k].place)
-            found = laid(stack, Piece(piece.total, piece.weight, piece.odd, piece.odd_weight), canvas)
+            whole = Piece(piece.total, piece.weight, piece.odd, piece.odd_weight)
+            found = laid(stack, whole, canvas, np.zeros(2))
             best, chance[run] = found.best(_leading(fits, run, placed, found.place, stack.shape))
             step = found.place[best]
             inside = all((np.abs(fits[k].place + step) < np.array(stack.shape) // 2 - 2).all() for k in run)

@@ -11,17 +11,23 @@ from numpy.typing import NDArray
 from scipy import fft, ndimage
 
 from stemloop.core.errors import InputError
+from stemloop.core.noise import noise_of
 from stemloop.core.protocols import Frames
 from stemloop.reduce.registration.views import Floats, Registration, checked
+
+#: Pixels that were seen at least so often, or as often as any, tell how frames scatter, in so many bins of brightness.
+_FEW, _BINS = 8, 16
 
 
 @dataclass(frozen=True)
 class Averaged:
     """The mean of registered frames: ``image`` (rows, columns) in the common frame, NaN where nothing was seen;
-    ``weight`` (rows, columns) the number of frames that each pixel is made of."""
+    ``weight`` (rows, columns) the number of frames that each pixel is made of; ``variance`` (rows, columns) of the
+    noise of each pixel, NaN where nothing was seen."""
 
     image: Floats
     weight: Floats
+    variance: Floats
 
 
 def average(
@@ -46,7 +52,10 @@ def average(
         ends: nothing is blurred, and white noise stays white (only what oscillates from pixel to pixel, 0.5 / px, is
         lost). A pixel of ``weight`` w therefore has the variance of one frame over w, independent of its neighbours,
         and whatever is measured on the image has the deviations that white noise gives. Next to a frame's border, and
-        next to pixels that are not finite, two pixels are left out.
+        next to pixels that are not finite, two pixels are left out. ``variance`` is a line in the intensity, fitted to
+        how the frames scatter about the mean (lines that wander and shifts that are a little wrong scatter, too), over
+        the weight. Counts of a bright pixel that fell between two pixels are shared with the dark ones beside it, so
+        that the finest differences of the image tell less of how noise grows with brightness than the scatter does.
     """
     n, shape = checked(frames)
     if n != len(registration) or shape != registration.shape:
@@ -57,18 +66,56 @@ def average(
     if line_shift is not None:
         lines = np.array(np.broadcast_to(np.asarray(line_shift, dtype=np.float64), lines.shape))
         lines[~np.isfinite(lines)] = 0.0
-    total, weight = np.zeros(shape), np.zeros(shape)
+    total, square, weight = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     for k in np.flatnonzero(~registration.outlier).tolist():
         frame = np.asarray(frames[k], dtype=np.float64)
         if registration.pattern is not None:
             frame = frame - registration.pattern
         value, seen = placed(frame, registration.shift[k], lines[k])
         total += value
+        square += value**2
         weight += seen
         if progress:
             progress(k + 1, n)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return Averaged(np.where(weight > 0, total / weight, np.nan), weight)
+        image = np.where(weight > 0, total / weight, np.nan)
+        scatter = (square - weight * image**2) / (weight - 1)
+    return Averaged(image, weight, _variance(image, scatter, weight))
+
+
+def _variance(image: Floats, scatter: Floats, weight: Floats) -> Floats:
+    """Of each pixel of a mean of ``weight`` frames (rows, columns), between which it varies by ``scatter``: a line in
+    what the image is without its noise."""
+    seen = weight > 0
+    if not seen.any():
+        return np.full(image.shape, np.nan)
+    filled = np.where(seen, image, image[seen].mean())
+    often = weight >= min(_FEW, weight.max())
+    if weight.max() < 3:
+        noise = noise_of(filled)
+        gain, floor = (weight.max() * part for part in noise)
+        mean = float(noise.variance(filled).mean())
+    else:
+        mean = float((scatter[often] / weight[often]).mean())
+        gain = floor = 0.0
+    level = clear(filled, mean)
+    if weight.max() >= 3:
+        parts = np.array_split(np.argsort(level[often]), _BINS)
+        x, y = (np.array([of[often][part].mean() for part in parts]) for of in (level, scatter))
+        gain, floor = np.polyfit(x, y, 1, w=1 / np.maximum(y, 1e-12 * max(y.max(), 1e-300))) if np.ptp(x) else (0, 0)
+        if gain <= 0 or gain * x.min() + floor <= 0:
+            gain, floor = 0.0, float(y.mean())
+    single = gain * level + floor
+    least = max(0.05 * float(single[seen].mean()), 1e-12 * float(np.ptp(filled)) ** 2)
+    with np.errstate(divide="ignore"):
+        return np.where(seen, np.maximum(single, least) / weight, np.nan)
+
+
+def clear(image: Floats, variance: float) -> Floats:
+    """An image (rows, columns) without the frequencies that drown in its noise of ``variance`` (a Wiener filter)."""
+    spectrum = fft.dctn(image, norm="ortho")
+    power = ndimage.uniform_filter(spectrum**2, 3)
+    return np.asarray(fft.idctn(spectrum * np.maximum(1 - 1.5 * variance / np.maximum(power, 1e-300), 0), norm="ortho"))
 
 
 def placed(frame: Floats, shift: Floats, line_shift: Floats | None = None) -> tuple[Floats, Floats]:

@@ -15,6 +15,8 @@ from stemloop.reduce.registration.views import Floats, Thin
 #: A frame must share at least this part of its pixels with the others.
 _OVERLAP = 0.25
 _MOST_CANDIDATES = 48
+#: Chance that a frame jumps instead of drifting on.
+_JUMP = 0.01
 
 
 class Candidates(NamedTuple):
@@ -45,16 +47,30 @@ class Piece(NamedTuple):
     odd_weight: Thin
 
 
-def candidates(stack: Stack, k: int, canvas: Canvas) -> Candidates:
-    """All places where view ``k`` fits the canvas as well as anywhere, with what the odd things say of each."""
+def prior(away: Floats, width: Floats, shape: tuple[int, int]) -> Floats:
+    """Log-density of a step that is ``away`` (m, 2) from the expected one: drift on, or jump; beyond a
+    sixteenth of the field by any order of magnitude alike."""
+    drift = np.exp(-0.5 * ((away / width) ** 2).sum(axis=1)) / (2 * np.pi * width.prod())
+    core, field = (max(shape) / 16) ** 2, max(shape) ** 2 / 4
+    jump = 1 / (np.pi * ((away**2).sum(axis=1) + core) * np.log(1 + field / core))
+    return np.asarray(np.log((1 - _JUMP) * drift + _JUMP * jump))
+
+
+def candidates(stack: Stack, k: int, canvas: Canvas, about: Floats) -> Candidates:
+    """The places where view ``k`` fits the canvas as well as anywhere, with what the odd things say of each; ``about``
+    (2,) as in :func:`laid`."""
     inner = np.zeros(stack.shape, dtype=np.float32)
     inner[RIM:-RIM, RIM:-RIM] = 1
     piece = Piece(stack.flat[k] * inner, inner, stack.odd[k] * stack.taper, stack.taper**2)
-    return laid(stack, piece, canvas)
+    return laid(stack, piece, canvas, about)
 
 
-def laid(stack: Stack, piece: Piece, canvas: Canvas) -> Candidates:
-    """All places where a piece (as large as a view, or as a canvas) fits as well as anywhere."""
+def laid(stack: Stack, piece: Piece, canvas: Canvas, about: Floats) -> Candidates:
+    """All places where a piece (as large as a view, or as a canvas) fits as well as anywhere.
+
+    A large perfect crystal has more of them than can be followed: kept are the likeliest, the nearer to ``about`` (2,)
+    the sooner, as the drift has it.
+    """
     rows, columns = stack.shape
     whole = piece.flat.shape == stack.shape
     wide = (2 * rows, 2 * columns) if whole else (4 * rows, 4 * columns)
@@ -96,11 +112,11 @@ def laid(stack: Stack, piece: Piece, canvas: Canvas) -> Candidates:
     # more alike than the specimen can be is chance, not better evidence
     product = np.minimum(product, signal * shared + deviation)
     score = signal * shared * (product - signal * shared / 2) / deviation**2 - worse
-    rank = np.flatnonzero(likely)
-    rank = rank[np.argsort(score.flat[rank])[::-1][:_MOST_CANDIDATES]]
-    at = np.column_stack(np.unravel_index(rank, score.shape))
-    place = np.array([shift[0][at[:, 0]], shift[1][at[:, 1]]]).T + _vertex(alike, at)
-    return Candidates(place, score.flat[rank])
+    at = np.argwhere(likely)
+    place = np.array([shift[0][at[:, 0]], shift[1][at[:, 1]]]).T
+    worth = score[likely] + prior(place - about, np.full(2, 2.0), stack.shape)
+    kept = np.argsort(-worth, kind="stable")[:_MOST_CANDIDATES]
+    return Candidates(place[kept] + _vertex(alike, at[kept]), score[likely][kept])
 
 
 def _spread(values: Floats) -> float:

@@ -6,24 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from stemloop.reduce.registration.candidates import Candidates, candidates
+from stemloop.reduce.registration.candidates import Candidates, candidates, prior
 from stemloop.reduce.registration.canvas import Canvas
 from stemloop.reduce.registration.content import Stack
 from stemloop.reduce.registration.views import Floats
 
-#: Chance that a frame jumps instead of drifting on.
-_JUMP = 0.01
 #: Least width of a drift from frame to frame [px of a view].
 NARROWEST = 0.3
-
-
-def prior(away: Floats, width: Floats, shape: tuple[int, int]) -> Floats:
-    """Log-density of a step that is ``away`` (m, 2) from the expected one: drift on, or jump; beyond a
-    sixteenth of the field by any order of magnitude alike."""
-    drift = np.exp(-0.5 * ((away / width) ** 2).sum(axis=1)) / (2 * np.pi * width.prod())
-    core, field = (max(shape) / 16) ** 2, max(shape) ** 2 / 4
-    jump = 1 / (np.pi * ((away**2).sum(axis=1) + core) * np.log(1 + field / core))
-    return np.asarray(np.log((1 - _JUMP) * drift + _JUMP * jump))
 
 
 def grown(stack: Stack, tell: Callable[[int], None]) -> Floats:
@@ -38,8 +27,8 @@ def grown(stack: Stack, tell: Callable[[int], None]) -> Floats:
     for way in (range(middle + 1, n), range(middle - 1, -1, -1)):
         trail = [place[middle]]
         for k in way:
-            found = candidates(stack, k, canvas)
             ahead = _ahead(trail)
+            found = candidates(stack, k, canvas, ahead)
             weight = found.score + prior(found.place - ahead, width, stack.shape)
             best = found.place[int(weight.argmax())]
             place[k] = best
