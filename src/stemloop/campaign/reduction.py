@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import json
 import math
 import re
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from stemloop import __version__
 from stemloop.campaign.report import _STYLE
 from stemloop.core import units
+from stemloop.core.durable import write_whole
 from stemloop.core.errors import InputError, StorageError, UnknownName
 from stemloop.core.protocols import Block, Camera, Fold
 from stemloop.reduce import dpc
@@ -420,21 +422,28 @@ def write(reduced: Reduced, folder: Path) -> Path:
     ``folder`` (made if it is not there), and return the report's path."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with h5py.File(folder / "maps.h5", "w") as file:
-            for name, found in reduced.maps.items():
-                file.create_dataset(name, data=found).attrs["unit"] = reduced.unit[name]
-            file.attrs["summary"] = json.dumps(reduced.summary)
-        (folder / "summary.json").write_text(json.dumps(reduced.summary, indent=1) + "\n", encoding="utf-8")
-        picture = folder / "maps.png"
-        _picture(reduced, picture)
-        report = folder / "report.html"
-        report.write_text(_page(reduced, picture.read_bytes()), encoding="utf-8")
     except OSError as error:
-        raise StorageError(f"the maps cannot be written to {folder}: {error.strerror or error}.") from error
+        raise StorageError(f"cannot make the folder {folder}: {error.strerror}. Choose another with --out.") from None
+    write_whole(folder / "maps.h5", _hdf5(reduced))
+    picture = _picture(reduced)
+    write_whole(folder / "maps.png", picture)
+    write_whole(folder / "summary.json", json.dumps(reduced.summary, indent=1) + "\n")
+    report = folder / "report.html"
+    write_whole(report, _page(reduced, picture))
     return report
 
 
-def _picture(reduced: Reduced, path: Path) -> None:
+def _hdf5(reduced: Reduced) -> bytes:
+    """Made in memory: where a disk is full, HDF5 neither raises an ``OSError`` nor lets go of its file."""
+    with h5py.File("maps.h5", "w", driver="core", backing_store=False) as file:
+        for name, found in reduced.maps.items():
+            file.create_dataset(name, data=found).attrs["unit"] = reduced.unit[name]
+        file.attrs["summary"] = json.dumps(reduced.summary)
+        file.flush()
+        return bytes(file.id.get_file_image())
+
+
+def _picture(reduced: Reduced) -> bytes:
     shown = {n: m for n, m in reduced.maps.items() if m.ndim == 2 and "_sigma" not in n and n != "sum_pattern"}
     columns = min(4, max(1, len(shown)))
     rows = -(-max(1, len(shown)) // columns)
@@ -451,7 +460,9 @@ def _picture(reduced: Reduced, path: Path) -> None:
         axes.set_title(f"{name} [{'log ' if pattern else ''}{reduced.unit[name]}]", fontsize=9)
         axes.set_axis_off()
         figure.colorbar(drawn, ax=axes, shrink=0.8).ax.tick_params(labelsize=7)
-    figure.savefig(path, dpi=110)
+    out = io.BytesIO()
+    figure.savefig(out, dpi=110)
+    return out.getvalue()
 
 
 def _page(reduced: Reduced, picture: bytes) -> str:

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from stemloop.campaign.reasons import STOP_REASONS
-from stemloop.core.errors import StorageError
+from stemloop.core.durable import write_whole
 
 Floats = NDArray[np.float64]
 
@@ -92,10 +92,7 @@ def write_report(directory: Path, summary: Mapping[str, Any], maps: Mapping[str,
     """
     page = _Page(dict(summary), {key: value for key, value in maps.items() if value is not None}, Path(directory))
     path = Path(directory) / "report.html"
-    try:
-        path.write_text(page.html(), encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"the report {path} cannot be written: {error.strerror or error}.") from error
+    write_whole(path, page.html())
     return path
 
 

@@ -32,6 +32,7 @@ from stemloop.campaign.patience import Patience, PatientJournal
 from stemloop.campaign.settings import Settings
 from stemloop.campaign.stopwatch import Stopwatch
 from stemloop.core import instruction as instructions
+from stemloop.core.durable import write_whole
 from stemloop.core.errors import (
     InputError,
     InstrumentError,
@@ -64,19 +65,6 @@ STOP_LIMIT_S = 20.0
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees all of it or the old file."""
     write_whole(path, json.dumps(content, indent=1))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text so that a reader sees all of it or the old file: temporary file, fsync, rename."""
-    temporary = path.with_name(path.name + ".new")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror}.") from None
 
 
 def _new_run() -> dict[str, str]:

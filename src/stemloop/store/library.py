@@ -454,7 +454,7 @@ class Library:
     def _keep(self) -> None:
         """Small ones are made again faster than they are read; where nothing may be written, it stays in memory."""
         if self._index is not None and len(self._index) > _LOOSE:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(StorageError):
                 neighbours.save(self._index, self.index_path, self.name)
 
     def _vectors(self, after: int) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:

@@ -26,6 +26,7 @@ from stemloop.campaign.images.one_image import FINDERS, Understood, Wanted, unde
 from stemloop.campaign.images.overlay import Overlay, overlay
 from stemloop.campaign.images.remembering import Remembered
 from stemloop.campaign.images.showing import Fringes, fringes, without_noise
+from stemloop.core.durable import write_whole, writing
 from stemloop.core.errors import InputError, StemloopError, StorageError, from_code
 from stemloop.core.protocols import PixelSize
 from stemloop.reduce.denoise import METHODS
@@ -250,10 +251,8 @@ def _source(source: Any, folder: Path) -> tuple[Path, str, str]:
     path = folder / "source.npy"
     digest = hashlib.sha256(f"{data.shape} {data.dtype.str}".encode())
     digest.update(data.data)
-    draft = folder / ".source.npy.part"
-    with open(draft, "wb") as out:
+    with writing(path) as out:
         np.save(out, data, allow_pickle=False)
-    os.replace(draft, path)
     return path, "array", digest.hexdigest()
 
 
@@ -275,7 +274,7 @@ def _begin(folder: Path, key: dict[str, Any], overwrite: bool) -> None:
                 "choose another folder with --out, or give --overwrite to begin again."
             )
         _clear(folder)
-    packed.write_bytes(path, text)
+    write_whole(path, text)
 
 
 def _clear(folder: Path) -> None:
@@ -342,7 +341,7 @@ class _Run:
                 said = str(error)
             except (ArithmeticError, LookupError, ValueError, TypeError) as error:
                 said = f"this step failed ({type(error).__name__}: {' '.join(str(error).split())[:160]})."
-            packed.write_bytes(reason, said.encode())
+            write_whole(reason, said)
         self.left_out.append((name.replace("_", " "), reason.read_text(encoding="utf-8")))
         return None
 
@@ -532,7 +531,7 @@ def _finish(analysis: Analysis, sha256: str, parameters: dict[str, Any], tell: P
     written += tables.export_atomai(folder, ((k, found.columns) for k, found in analysis.frames()))
     tell("writing", 1, 3)
     analysis.summary = summarise(analysis, sha256, parameters, sorted([*written, "report.html", "summary.json"]))
-    packed.write_bytes(folder / "summary.json", (json.dumps(analysis.summary, indent=1) + "\n").encode())
+    write_whole(folder / "summary.json", json.dumps(analysis.summary, indent=1) + "\n")
     tell("writing", 2, 3)
     write_report(analysis)
     tell("writing", 3, 3)

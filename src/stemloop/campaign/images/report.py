@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from stemloop.campaign.images import packed
 from stemloop.campaign.images.summary import calibration_sentence, kinds_of_defects, length, within
 from stemloop.campaign.report import _STYLE, _bare, _grouped, _plain, _png, _quiet, _section, _shown
+from stemloop.core.durable import write_whole
 from stemloop.core.structure import Defect
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def write_report(analysis: Analysis) -> Path:
     """Write ``report.html`` into the analysis's folder and return its path. The page holds its own style and pictures,
     asks the network for nothing and runs no script."""
     path = analysis.folder / "report.html"
-    packed.write_bytes(path, _View(analysis).html().encode())
+    write_whole(path, _View(analysis).html())
     return path
 
 
