@@ -24,6 +24,7 @@ from stemloop.campaign.report import _STYLE
 from stemloop.core import units
 from stemloop.core.durable import write_whole
 from stemloop.core.errors import InputError, StorageError, UnknownName
+from stemloop.core.plain import jsonable
 from stemloop.core.protocols import Block, Camera, Fold
 from stemloop.reduce import dpc
 from stemloop.reduce.detectors import Patterns, Radial, Virtual, find_disk, ring, segments, standard
@@ -427,7 +428,7 @@ def write(reduced: Reduced, folder: Path) -> Path:
     write_whole(folder / "maps.h5", _hdf5(reduced))
     picture = _picture(reduced)
     write_whole(folder / "maps.png", picture)
-    write_whole(folder / "summary.json", json.dumps(reduced.summary, indent=1) + "\n")
+    write_whole(folder / "summary.json", json.dumps(jsonable(reduced.summary), indent=1) + "\n")
     report = folder / "report.html"
     write_whole(report, _page(reduced, picture))
     return report
@@ -438,7 +439,7 @@ def _hdf5(reduced: Reduced) -> bytes:
     with h5py.File("maps.h5", "w", driver="core", backing_store=False) as file:
         for name, found in reduced.maps.items():
             file.create_dataset(name, data=found).attrs["unit"] = reduced.unit[name]
-        file.attrs["summary"] = json.dumps(reduced.summary)
+        file.attrs["summary"] = json.dumps(jsonable(reduced.summary))
         file.flush()
         return bytes(file.id.get_file_image())
 

@@ -45,6 +45,7 @@ from stemloop.core.errors import (
     from_code,
 )
 from stemloop.core.instruction import Instruction
+from stemloop.core.plain import jsonable
 from stemloop.core.protocols import Exposure
 from stemloop.instrument.client import Client, connect
 from stemloop.instrument.files import DirectoryLock
@@ -63,8 +64,8 @@ STOP_LIMIT_S = 20.0
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees all of it or the old file."""
-    write_whole(path, json.dumps(content, indent=1))
+    """Write JSON so that a reader sees all of it or the old file; see :func:`~stemloop.core.plain.jsonable`."""
+    write_whole(path, json.dumps(jsonable(content), indent=1, allow_nan=False))
 
 
 def _new_run() -> dict[str, str]:

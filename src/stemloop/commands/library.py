@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from stemloop.core.plain import jsonable
+
 
 def add(verbs: Any) -> None:
     """Add the verb ``library`` with its actions."""
@@ -90,7 +92,7 @@ def _search(words: argparse.Namespace) -> int:
             element.vector, scatter=element.scatter, least_p=words.least_p, without_source=sha256_of(words.file)
         )
     if words.json:
-        print(json.dumps([_facts(sighting) for sighting in sightings], indent=1))
+        print(json.dumps(jsonable([_facts(sighting) for sighting in sightings]), indent=1))
         return 0
     for sighting in sightings:
         best = sighting.matches[0]
