@@ -15,7 +15,7 @@ _CORNERS = 1.35
 _CENTRED = 0.3
 
 
-class Cells:
+class CellTable:
     """Columns of grain ``number`` by (i, j, site).
 
     low : (2,) smallest (i, j). table : (rows, columns, sites) index of a column, or -1. Where two columns claim one

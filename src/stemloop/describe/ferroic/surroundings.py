@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from stemloop.core.errors import InputError
 from stemloop.core.structure import Assignment, Columns
-from stemloop.describe.ferroic.cells import Cells, corners_of
+from stemloop.describe.ferroic.cells import CellTable, corners_of
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -21,7 +21,7 @@ DESCRIPTORS = (
 _AROUND = np.array([(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)], dtype=np.int64)
 
 
-class Local(NamedTuple):
+class LocalDescriptors(NamedTuple):
     """Descriptors of ``n`` columns: ``value`` and ``sigma`` (n, 9) with the columns ``names``; NaN where there is
     nothing to tell. ``numpy.asarray(local.value)`` is what a clustering takes."""
 
@@ -30,7 +30,7 @@ class Local(NamedTuple):
     names: tuple[str, ...]
 
 
-def local_descriptors(columns: Columns, assignment: Assignment) -> Local:
+def local_descriptors(columns: Columns, assignment: Assignment) -> LocalDescriptors:
     """The local structure around each column, each number with its 1-sigma deviation.
 
     ``size`` ln of the root of the local cell's area over the grain's; ``aspect`` ln of its a2 / a1 over the grain's;
@@ -52,7 +52,7 @@ def local_descriptors(columns: Columns, assignment: Assignment) -> Local:
     seen = surroundings(columns, assignment)
     value = np.column_stack([getattr(seen, name) for name in DESCRIPTORS])
     sigma = np.column_stack([seen.sigma[name] for name in DESCRIPTORS])
-    return Local(value, sigma, DESCRIPTORS)
+    return LocalDescriptors(value, sigma, DESCRIPTORS)
 
 
 class Surroundings(NamedTuple):
@@ -81,7 +81,7 @@ def surroundings(columns: Columns, assignment: Assignment) -> Surroundings:
     vectors = np.full((n, 2, 2), np.nan)
     bright, bright_sigma = log_brightness(columns)
     for g in range(len(assignment.grains)):
-        cells = Cells(assignment, g)
+        cells = CellTable(assignment, g)
         if len(cells.own):
             _cell(columns, assignment, g, cells, value, sigma, vectors)
             _brightness(assignment, g, cells, bright, bright_sigma, value, sigma)
@@ -110,7 +110,7 @@ def _cell(
     columns: Columns,
     assignment: Assignment,
     number: int,
-    cells: Cells,
+    cells: CellTable,
     value: dict[str, Floats],
     sigma: dict[str, Floats],
     vectors: Floats,
@@ -152,7 +152,7 @@ def _cell(
 def _brightness(
     assignment: Assignment,
     number: int,
-    cells: Cells,
+    cells: CellTable,
     bright: Floats,
     bright_sigma: Floats,
     value: dict[str, Floats],
@@ -183,7 +183,7 @@ def nearest(basis: Floats, vectors: Floats, site: int, other: int) -> Integers:
 
 
 def _mean_of(
-    cells: Cells, cell: Integers, steps: Integers, site: int, value: Floats, sigma: Floats
+    cells: CellTable, cell: Integers, steps: Integers, site: int, value: Floats, sigma: Floats
 ) -> tuple[Floats, Floats]:
     """Mean of ``value`` over the columns of ``site`` at ``steps`` around each of ``cell``, and its deviation."""
     around = cells.at(cell[:, None] + steps, site)
@@ -199,7 +199,7 @@ def _off_centre(
     columns: Columns,
     assignment: Assignment,
     number: int,
-    cells: Cells,
+    cells: CellTable,
     value: dict[str, Floats],
     sigma: dict[str, Floats],
 ) -> None:
