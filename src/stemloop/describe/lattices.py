@@ -19,7 +19,7 @@ from scipy.spatial import cKDTree
 from stemloop.core.errors import InputError
 from stemloop.core.structure import Assignment, Columns, Grain
 from stemloop.describe.assigning.decoration import Indexing, brightness, decorated, finest
-from stemloop.describe.assigning.neighbourhoods import LocalLattice, local
+from stemloop.describe.assigning.neighbourhoods import SmoothLattice, local
 from stemloop.describe.assigning.seeds import Seed, common_place, seed
 from stemloop.describe.assigning.symmetry import symmetric
 from stemloop.describe.assigning.walking import LEVELS, walk
@@ -116,7 +116,7 @@ def assign(columns: Columns, shape: tuple[int, int]) -> Assignment:
     field = _field(columns, shape)
     if field is None:
         return _none(len(columns))
-    owned = _owned(_lattices(field), len(columns))
+    owned = _owned(_lattices(field))
     members = [m for grown, index in owned for m in _described(field, grown, index, columns.vacant)]
     return _joined(len(columns), sorted(members, key=lambda m: -len(m.which)))
 
@@ -273,7 +273,7 @@ def _strain(grown: _Grown) -> Floats:
     return np.asarray(2 * np.log(stretch[:, 0] / stretch[:, 1]))
 
 
-def _owned(lattices: list[_Grown], n: int) -> list[tuple[_Grown, Integers]]:
+def _owned(lattices: list[_Grown]) -> list[tuple[_Grown, Integers]]:
     """Each column goes to the lattice that fits it best; lattices with the numbers of their columns, largest first."""
     lattices = sorted(lattices, key=lambda g: -int((g.site >= 0).sum()))
     while lattices:
@@ -375,7 +375,7 @@ def _ranked(cells: Indexing, bright: Floats) -> Indexing:
     return cells._replace(basis=basis, cell=whole, site=site)
 
 
-def _surroundings(position: Floats, variance: Floats, cells: Indexing) -> LocalLattice:
+def _surroundings(position: Floats, variance: Floats, cells: Indexing) -> SmoothLattice:
     """The lattice around each column, with neighbours' variance raised to what their own misfits show.
 
     Of the straight and the bent lattice the one is taken that predicts the primary columns better.

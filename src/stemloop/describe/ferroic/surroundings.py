@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from stemloop.core.errors import InputError
 from stemloop.core.structure import Assignment, Columns
-from stemloop.describe.ferroic.cells import CellTable, corners_of
+from stemloop.describe.ferroic.cells import CellTable, corners_of, nearest
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -169,17 +169,10 @@ def _brightness(
         return
     for s in range(2):
         kind = own[site == s]
-        mean, left = _mean_of(cells, assignment.cell[kind], nearest(grain.basis, grain.vectors, s, 1 - s), 1 - s,
+        mean, left = _mean_of(cells, assignment.cell[kind], nearest(grain, s, 1 - s), 1 - s,
                               bright, bright_sigma)  # fmt: skip
         value["ratio"][kind] = (bright[kind] - mean) * (1 if s == 1 else -1)
         sigma["ratio"][kind] = np.hypot(bright_sigma[kind], left)
-
-
-def nearest(basis: Floats, vectors: Floats, site: int, other: int) -> Integers:
-    """(m, 2) steps to the cells of the nearest columns of ``other`` around a column of ``site``."""
-    steps = np.stack(np.meshgrid(np.arange(-3, 4), np.arange(-3, 4), indexing="ij"), axis=-1).reshape(-1, 2)
-    distance = np.hypot(*((steps + basis[other] - basis[site]) @ vectors).T)
-    return steps[distance < 1.35 * distance.min()].astype(np.int64)
 
 
 def _mean_of(
@@ -221,7 +214,7 @@ def _off_centre(
     vector[second] = place[second] - np.column_stack([m for m, _ in middles])
     left[second] = np.hypot(noise[second], middles[0][1])
     first = cells.own[assignment.site[cells.own] == 0]
-    outward = nearest(grain.basis, grain.vectors, 0, 1)
+    outward = nearest(grain, 0, 1)
     means = [_mean_of(cells, assignment.cell[first], outward, 1, vector[:, k], left) for k in (0, 1)]
     vector[first], left[first] = np.column_stack([m for m, _ in means]), means[0][1]
     own = cells.own
