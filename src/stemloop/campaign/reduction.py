@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from stemloop import __version__
-from stemloop.campaign.report import _STYLE
+from stemloop.campaign import pages
 from stemloop.core import units
 from stemloop.core.durable import write_whole
 from stemloop.core.errors import InputError, StorageError, UnknownName
@@ -286,7 +286,7 @@ def reduce_scan(
         "notes": [*scan.notes, *([guessed] if guessed else [])],
     }
     own = _detectors(camera, angle_unit, rings or {}, masks or {})
-    folds = _folds(scan, names, camera, semiangle, own, patterns["mean_pattern"] * scan.shape[0] * scan.shape[1])
+    folds = _folds(names, camera, semiangle, own, patterns["mean_pattern"] * scan.shape[0] * scan.shape[1])
     maps = dict(patterns) if "patterns" in names else {}
     maps |= go("maps", folds) if folds else {}
     if {"dpc", "idpc", "ssb"} & set(names):
@@ -316,7 +316,6 @@ def _calibrated(scan: Scan, radius_px: float) -> tuple[float, str, str]:
 
 
 def _folds(
-    scan: Scan,
     names: Sequence[str],
     camera: Camera,
     semiangle_rad: float,
@@ -472,14 +471,12 @@ def _page(reduced: Reduced, picture: bytes) -> str:
         for key, value in reduced.summary.items()
         if value not in (None, [])
     )
-    title = html.escape(f"{reduced.summary['file']} · stemloop reduce")
+    title = f"{reduced.summary['file']} · stemloop reduce"
     scan, frame = ("x".join(map(str, reduced.summary[key])) for key in ("scan", "frame"))
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_STYLE}</style></head><body><main><header><h1>{title}</h1>"
-        f'<p class="lead">{scan} positions, frames of {frame} pixels. '
-        f"Numbers with units: <code>maps.h5</code>.</p></header>"
-        f'<section><figure><img alt="maps" src="data:image/png;base64,{base64.b64encode(picture).decode()}"></figure>'
-        f"</section><section><table>{rows}</table></section></main></body></html>\n"
+    head = (
+        f'<header><h1>{html.escape(title)}</h1><p class="lead">{scan} positions, frames of {frame} pixels. '
+        "Numbers with units: <code>maps.h5</code>.</p></header>"
     )
+    image = f'<img alt="maps" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
+    shown = f"<section><figure>{image}</figure></section>"
+    return pages.whole(title, [head, shown, f"<section><table>{rows}</table></section>"])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from stemloop.core.errors import UnknownName
 from stemloop.core.protocols import PixelSize
-from stemloop.core.structure import Assignment, Columns, Grain
+from stemloop.core.structure import Assignment, Grain
 from stemloop.describe.crystals import structures
 from stemloop.describe.zoneaxes import Candidate, projected
 
@@ -97,7 +97,6 @@ def __getattr__(name: str) -> Any:
 
 def check_pixel_size(
     assignment: Assignment,
-    columns: Columns,
     pixel_size: PixelSize,
     candidates: Sequence[str | Candidate] | None = None,
 ) -> Calibration:
@@ -111,7 +110,7 @@ def check_pixel_size(
 
     Parameters
     ----------
-    assignment, columns : of one image. pixel_size : what was stated about it.
+    assignment : of one image. pixel_size : what was stated about it.
     candidates : what the specimen may be, as materials (``"MoS2"``: any zone axis), with zone axis (``"SrTiO3[110]"``)
         or as :class:`~stemloop.describe.zoneaxes.Candidate`; None: all known materials, and only those that the stated
         size allows within 40 %. Lattices of one shape are told apart by the stated size and the brightness of their

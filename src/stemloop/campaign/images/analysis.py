@@ -98,7 +98,7 @@ class Analysis:
 
     def to_ase(self) -> Any:
         """The columns of ``image`` as flat ``ase.Atoms`` [angstrom]."""
-        return tables.to_ase(self.found, self.pixel_size.value_m, _symbols(self.found))
+        return tables.to_ase(self.found, self.pixel_size.value_m)
 
     def sentences(self) -> list[tuple[str, str]]:
         """(about what, sentence): the result in a few lines."""
@@ -508,10 +508,6 @@ def covered(image: NDArray[Any], weight: NDArray[Any]) -> tuple[NDArray[np.float
 # -------------------------------------------------------------------------------------------------------- the end
 
 
-def _symbols(found: Understood) -> tuple[str, ...]:
-    return ()
-
-
 def _finish(analysis: Analysis, sha256: str, parameters: dict[str, Any], tell: Progress) -> None:
     """Write the tables, the summary and the page."""
     from stemloop.campaign.images.report import write_report
@@ -527,7 +523,7 @@ def _finish(analysis: Analysis, sha256: str, parameters: dict[str, Any], tell: P
         parts = (_of_frame(analysis, k, pixel_m) for k in numbers)
         written = tables.write(folder, "columns", parts, total)
         written += tables.write(folder, "average", [analysis.columns], len(analysis.found.columns))
-    written += tables.export(folder, analysis.found, pixel_m, _symbols(analysis.found))
+    written += tables.export(folder, analysis.found, pixel_m)
     written += tables.export_atomai(folder, ((k, found.columns) for k, found in analysis.frames()))
     tell("writing", 1, 3)
     analysis.summary = summarise(analysis, sha256, parameters, sorted([*written, "report.html", "summary.json"]))

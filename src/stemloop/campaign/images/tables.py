@@ -120,11 +120,11 @@ def to_atomap(columns: Columns) -> list[NDArray[np.float64]]:
     return [columns.position[columns.sublattice == k][:, ::-1] for k in np.unique(columns.sublattice)]
 
 
-def to_ase(found: Understood, pixel_m: float | None, symbols: tuple[str, ...] = ()) -> Any:
+def to_ase(found: Understood, pixel_m: float | None) -> Any:
     """The columns as flat ``ase.Atoms`` [angstrom]: x to the right, y up (so that it looks like the image), z = 0.
 
-    ``symbols`` are the elements of the sites of a cell; columns of other sites are ``X``. The sublattice is the tag;
-    amplitude, p_present and site are arrays. An :class:`InputError` where the size of a pixel is not known.
+    Every column is an ``X``. The sublattice is the tag; amplitude, p_present and site are arrays. An
+    :class:`InputError` where the size of a pixel is not known.
     """
     from ase import Atoms
 
@@ -135,8 +135,8 @@ def to_ase(found: Understood, pixel_m: float | None, symbols: tuple[str, ...] = 
     place = np.zeros((len(columns), 3))
     place[:, 0], place[:, 1] = columns.position[:, 1] * step, (height - 1 - columns.position[:, 0]) * step
     site = np.full(len(columns), -1) if found.assignment is None else found.assignment.site
-    names = [symbols[k] if 0 <= k < len(symbols) else "X" for k in site]
-    atoms = Atoms(names, place, cell=[width * step, height * step, 10.0], pbc=False, tags=columns.sublattice)
+    cell = [width * step, height * step, 10.0]
+    atoms = Atoms(["X"] * len(columns), place, cell=cell, pbc=False, tags=columns.sublattice)
     atoms.set_array("amplitude", columns.amplitude)
     atoms.set_array("site", site.astype(int))
     if len(columns.p_present) == len(columns):
@@ -144,7 +144,7 @@ def to_ase(found: Understood, pixel_m: float | None, symbols: tuple[str, ...] = 
     return atoms
 
 
-def export(folder: Path, found: Understood, pixel_m: float | None, symbols: tuple[str, ...]) -> list[str]:
+def export(folder: Path, found: Understood, pixel_m: float | None) -> list[str]:
     """Write ``atoms_atomap.npz`` and, where the size of a pixel is known, ``atoms.extxyz``; what was written."""
     out = io.BytesIO()
     np.savez(out, **{f"sublattice_{k}": xy for k, xy in enumerate(to_atomap(found.columns))})  # type: ignore[arg-type]
@@ -154,7 +154,7 @@ def export(folder: Path, found: Understood, pixel_m: float | None, symbols: tupl
         from ase.io import write as write_atoms
 
         text = io.StringIO()
-        write_atoms(text, to_ase(found, pixel_m, symbols), format="extxyz")
+        write_atoms(text, to_ase(found, pixel_m), format="extxyz")
         write_whole(folder / "atoms.extxyz", text.getvalue())
         written.append("atoms.extxyz")
     return written
