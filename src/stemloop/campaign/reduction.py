@@ -141,8 +141,12 @@ def open_scan(path: Path, memory_MB: float = 2048.0, **known: float | None) -> S
 
     Vendor files stay open in a child process that reads only what is folded: use the scan as a context, or close it.
 
-    ``known`` overrides what the file says: ``pixel_rad``, ``step_m``, ``energy_eV``, ``semiangle_rad``.
+    ``known`` overrides what the file says: ``pixel_rad``, ``step_m``, ``energy_eV``, ``semiangle_rad``; each must be a
+    finite number above zero.
     """
+    for name, value in {**known, "memory_MB": memory_MB}.items():
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"{name.replace('_', ' [')}] must be a finite number above zero; got {value:g}.")
     if path.suffix.lower() == ".npy":
         signal = read(path, mapped=True)[0]
         found = [Found(signal.data.shape, signal.data.dtype, signal.axes, signal.metadata)]
@@ -260,6 +264,11 @@ def reduce_scan(
     """
     if unknown := [name for name in names if name not in FOLDS]:
         raise UnknownName(f"unknown fold {unknown[0]!r}; known: {', '.join(FOLDS)}.")
+    if threads < 1:
+        raise InputError(f"{threads} threads fold nothing; give at least 1.")
+    for name, value in (("rotation [rad]", rotation_rad), ("defocus [m]", C10_m)):
+        if value is not None and not math.isfinite(value):
+            raise InputError(f"the {name} must be a finite number; got {value:g}.")
 
     def go(title: str, folds: Fold | Sequence[Fold]) -> Maps:
         total = scan.shape[0] * scan.shape[1]

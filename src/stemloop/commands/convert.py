@@ -8,15 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from stemloop.commands.progress import bars
+
 
 def add(verbs: Any) -> None:
     """Add the verb ``convert``."""
     convert = verbs.add_parser("convert", help="copy a recorded file of any kind into one open HDF5 file")
     convert.add_argument("path", type=Path, metavar="IN")
     convert.add_argument("out", type=Path, metavar="OUT.h5")
-    convert.add_argument(
-        "--profile", default="portable", help="portable (default: needs no plugin) or working (faster)"
-    )
     convert.add_argument("--overwrite", action="store_true", help="replace OUT.h5 if it is there")
     convert.add_argument("--memory-MB", type=float, default=1024.0, metavar="M", help="most memory of the reader")
     convert.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -42,10 +41,8 @@ def _convert(words: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def bar(title: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A progress bar of bytes on standard error: what it gives is called with (done, of how many)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=quiet) as shown:
-        task = shown.add_task(title, total=None)
-        yield lambda done, total: shown.update(task, completed=done, total=total)
+    with bars(*columns, TimeRemainingColumn(), quiet=quiet) as tell:
+        yield lambda done, total: tell(title, done, total)

@@ -334,7 +334,9 @@ def _one(reading: _Reading, verdict: str, pixel_size: PixelSize) -> str:
     if match.ratio is None:
         return f"{says}; nothing was stated."
     times = abs(np.log(match.ratio)) / sigma
-    message = f"{says}; {_stated(pixel_size)}, {reading.wrong}, which is {times:.1f} deviations."
+    same = round(abs(reading.off), 1) == 0
+    beside = "which is the same" if same else f"{reading.wrong}, which is {times:.1f} deviations"
+    message = f"{says}; {_stated(pixel_size)}, {beside}."
     if verdict == "unknown":
         message += (
             f" This neither confirms nor refutes it: the scan is distorted by {100 * match.distortion:.1f} %, and its "

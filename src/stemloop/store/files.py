@@ -279,7 +279,7 @@ def writable(target: Path, overwrite: bool, profile: str = "portable") -> None:
     if not folder.is_dir():
         raise StorageError(f"there is no folder {folder}; make it first.")
     if target.exists() and not overwrite:
-        raise InputError(f"{target} is there already; choose another name, or overwrite=True.")
+        raise InputError(f"{target} is there already; choose another name, or overwrite it (--overwrite).")
     probe = folder / f".{target.name}.{os.getpid()}.probe"
     try:
         probe.touch()

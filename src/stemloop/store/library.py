@@ -36,6 +36,8 @@ __all__ = ["Element", "Entry", "Library", "Match", "Sighting", "same", "sha256_o
 
 _FORMAT = "stemloop library 1"
 _WAIT_S = 60.0
+#: The first bytes of every SQLite file that is not empty.
+_BEGINS = b"SQLite format 3\0"
 _SCHEMA = """
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE sources (id INTEGER PRIMARY KEY, sha256 TEXT UNIQUE NOT NULL, name TEXT NOT NULL);
@@ -117,6 +119,10 @@ class Library:
         self.path = Path(path)
         if not self.path.parent.is_dir():
             raise StorageError(f"there is no folder {self.path.parent} for the library {self.path.name}.")
+        if self.path.is_dir():
+            raise UnreadableFile(f"{self.path} is a folder; a library is a file.")
+        if _is_foreign(self.path):
+            raise UnreadableFile(f"{self.path} is there already and is no library; choose another name.")
         self._alone = threading.RLock()  # threads share the connection, and must not see each other's half of a writing
         with _translated(self.path):
             self._base = sqlite3.connect(self.path, timeout=_WAIT_S, isolation_level=None, check_same_thread=False)
@@ -515,6 +521,18 @@ def same(distance: float, scatter: float, other_scatter: float, dimension: int) 
 
 def _match(entry: Entry, distance: float, scatter: float, dimension: int) -> Match:
     return Match(entry, distance, same(distance, scatter, entry.scatter, dimension))
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether there is a file that SQLite did not begin; it takes any of less than a header for an empty one."""
+    try:
+        with open(path, "rb") as file:
+            begins = file.read(len(_BEGINS))
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}.") from None
+    return begins not in (b"", _BEGINS)
 
 
 @contextlib.contextmanager
