@@ -146,7 +146,7 @@ def open_scan(path: Path, memory_MB: float = 2048.0, **known: float | None) -> S
     """
     for name, value in {**known, "memory_MB": memory_MB}.items():
         if value is not None and not 0 < value < math.inf:
-            raise InputError(f"{name.replace('_', ' [')}] must be a finite number above zero; got {value:g}.")
+            raise InputError(f"the {name.replace('_', ' [')}] must be a finite number above zero; got {value:g}.")
     if path.suffix.lower() == ".npy":
         signal = read(path, mapped=True)[0]
         found = [Found(signal.data.shape, signal.data.dtype, signal.axes, signal.metadata)]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from stemloop.commands.progress import bars
+from stemloop.core.errors import InputError
 
 
 def add(verbs: Any) -> None:
@@ -25,6 +27,8 @@ def add(verbs: Any) -> None:
 def _convert(words: argparse.Namespace) -> int:
     from stemloop.store.convert import convert
 
+    if not 0 < words.memory_MB < math.inf:
+        raise InputError(f"the memory [MB] must be a finite number above zero; got {words.memory_MB:g}.")
     with bar(words.path.name, words.quiet) as progress:
         made = convert(
             words.path,

@@ -123,7 +123,7 @@ def check_pixel_size(
     UnknownName : no such material.
     """
     searched = candidates is None
-    chosen = list(_all().values()) if candidates is None else _named(candidates)
+    chosen = list(_all().values()) if candidates is None else named(candidates)
     stated = pixel_size.value_m
     if not assignment.grains:
         return _unknown("The image shows no lattice; the size of its pixels cannot be checked.", (), ())
@@ -158,7 +158,8 @@ def _all() -> dict[str, Candidate]:
     return candidates()
 
 
-def _named(wanted: Sequence[str | Candidate]) -> list[Candidate]:
+def named(wanted: Sequence[str | Candidate]) -> list[Candidate]:
+    """The lattices of these materials (or of one zone axis); :class:`UnknownName` for a material that is not known."""
     found: list[Candidate] = []
     for one in wanted:
         if isinstance(one, Candidate):

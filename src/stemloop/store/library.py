@@ -117,12 +117,7 @@ class Library:
         self, path: str | os.PathLike[str], *, dimension: int = 48, scale: str = "spacing", version: int = 1
     ) -> None:
         self.path = Path(path)
-        if not self.path.parent.is_dir():
-            raise StorageError(f"there is no folder {self.path.parent} for the library {self.path.name}.")
-        if self.path.is_dir():
-            raise UnreadableFile(f"{self.path} is a folder; a library is a file.")
-        if _is_foreign(self.path):
-            raise UnreadableFile(f"{self.path} is there already and is no library; choose another name.")
+        look(self.path)
         self._alone = threading.RLock()  # threads share the connection, and must not see each other's half of a writing
         with _translated(self.path):
             self._base = sqlite3.connect(self.path, timeout=_WAIT_S, isolation_level=None, check_same_thread=False)
@@ -521,6 +516,16 @@ def same(distance: float, scatter: float, other_scatter: float, dimension: int) 
 
 def _match(entry: Entry, distance: float, scatter: float, dimension: int) -> Match:
     return Match(entry, distance, same(distance, scatter, entry.scatter, dimension))
+
+
+def look(path: Path) -> None:
+    """What can be said of a library, or of the name of one to be, without opening it; as :class:`Library` raises."""
+    if not path.parent.is_dir():
+        raise StorageError(f"there is no folder {path.parent} for the library {path.name}.")
+    if path.is_dir():
+        raise UnreadableFile(f"{path} is a folder; a library is a file.")
+    if _is_foreign(path):
+        raise UnreadableFile(f"{path} is there already and is no library; choose another name.")
 
 
 def _is_foreign(path: Path) -> bool:

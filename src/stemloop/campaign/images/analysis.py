@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -184,6 +185,7 @@ def analyze(
         raise InputError(f"a pixel of {pixel_size_nm} nm is none; give its size in nanometres, such as 0.015.")
     if workers is not None and workers < 1:
         raise InputError(f"{workers} workers do nothing; give at least 1.")
+    _look_at_options(material, map_file, library, frame_time_s, memory_MB)
     kept = tempfile.TemporaryDirectory(prefix="stemloop-") if out is None else None
     folder = Path(kept.name if kept is not None else out)  # type: ignore[arg-type]
     path, name, sha256 = _source(source, folder)
@@ -228,6 +230,25 @@ def analyze(
 
 
 # ----------------------------------------------------------------------------------------------------- the beginning
+
+
+def _look_at_options(
+    material: str | None, map_file: Any, library: Any, frame_time_s: float | None, memory_MB: float
+) -> None:
+    """Say what is wrong with the words before hours are spent."""
+    from stemloop.describe import materials
+    from stemloop.store import library as libraries
+    from stemloop.store import readers
+
+    for what, value in (("the time from frame to frame [s]", frame_time_s), ("the memory [MB]", memory_MB)):
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"{what} must be a finite number above zero; got {value:g}.")
+    if material is not None:
+        materials.named([material])
+    if map_file is not None:
+        readers.look(Path(map_file))
+    if library is not None:
+        libraries.look(Path(library))
 
 
 def _source(source: Any, folder: Path) -> tuple[Path, str, str]:
