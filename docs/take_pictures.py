@@ -5,7 +5,6 @@ python docs/take_pictures.py            (needs a Chromium that takes screenshots
 
 import math
 import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from stemloop.simulate.pictures import Layout, counted, layout, mean_image
 
 SHAPE, PIXEL_PM, SHIFT_PM = (320, 400), 18.0, 17.0
 PICTURE = Path(__file__).parent / "images" / "analysis.png"
-WINDOW = (820, 1290)
+WINDOW, SCALE = (1000, 1590), 0.82
 
 
 def two_domains() -> Layout:
@@ -40,16 +39,15 @@ def two_domains() -> Layout:
 
 
 def main() -> None:
-    image = counted(mean_image(two_domains(), dose=6e3), np.random.default_rng(3))
+    image = counted(mean_image(two_domains(), dose=3e4), np.random.default_rng(3))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        np.save(folder / "two_domains.npy", image)
-        stemloop.analyze(
-            folder / "two_domains.npy", pixel_size_nm=PIXEL_PM / 1e3, material="BaTiO3", out=folder / "result"
-        )
-        words = ["chromium", "--headless", "--no-sandbox", "--hide-scrollbars", f"--screenshot={PICTURE}"]
-        words += [f"--window-size={WINDOW[0]},{WINDOW[1]}", str(folder / "result" / "report.html")]
-        sys.exit(subprocess.run(words, check=False).returncode)
+        source, result = folder / "two_domains.npy", folder / "result"
+        np.save(source, image)
+        stemloop.analyze(source, out=result, pixel_size_nm=PIXEL_PM / 1e3, material="BaTiO3")
+        browser = ["chromium", "--headless", "--no-sandbox", "--hide-scrollbars"]
+        size = [f"--force-device-scale-factor={SCALE}", f"--window-size={WINDOW[0]},{WINDOW[1]}"]
+        subprocess.run([*browser, *size, f"--screenshot={PICTURE}", str(result / "report.html")], check=True)
 
 
 if __name__ == "__main__":

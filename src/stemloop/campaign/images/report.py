@@ -63,7 +63,7 @@ _DYNAMICS = {
 #: A picture is drawn with at most so many pixels along a side; columns are marked where no more than these are in view.
 _MOST_PX, _MOST_MARKS, _MOST_ARROWS, _MOST_ROWS = 1400, 6000, 1600, 40
 _MORE_STYLE = """
-.fact b { font-size:1.12rem; overflow-wrap:anywhere }
+.fact b { font-size:1.12rem; white-space:normal; overflow-wrap:anywhere }
 .facts { grid-template-columns:repeat(auto-fit,minmax(165px,1fr)) }
 .verdict { border-left:5px solid var(--line); font-size:1.02rem }
 .verdict.good { border-left-color:var(--good) } .verdict.warn { border-left-color:var(--warn) }
