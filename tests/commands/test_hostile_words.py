@@ -42,7 +42,7 @@ REFUSED = {
     "analyze noise.npy --out out --material cheese": "no lattice is known for 'cheese'",
     "analyze noise.npy --out out --map missing.tif": "no file missing.tif",
     "analyze noise.npy --out out --library folder": "folder is a folder",
-    "analyze noise.npy --out out --library note": "note is there already and is no library",
+    "analyze noise.npy --out out --library note": "note is there already and is not a library",
     "analyze noise.npy --out out --library nowhere/x": "no folder nowhere",
     "analyze noise.npy --out out --frame-s -1": "time from frame to frame [s] must be",
     "analyze noise.npy --out out --memory-MB nan": "memory [MB] must be",
@@ -74,12 +74,12 @@ REFUSED = {
     "file seal folder out.h5": "folder is a folder",
     "file repair bare.h5 out.h5": "no sealed file",
     "library add folder noise.npy": "folder is a folder",
-    "library add note noise.npy": "note is there already and is no library",
+    "library add note noise.npy": "note is there already and is not a library",
     "library add nowhere/x noise.npy": "no folder nowhere",
     "library info missing": "no library missing",
-    "library info note": "is no library",
-    "library info bare.h5": "bare.h5 is there already and is no library",
-    "library merge new.library note": "is no library",
+    "library info note": "is not a library",
+    "library info bare.h5": "bare.h5 is there already and is not a library",
+    "library merge new.library note": "is not a library",
 }
 
 

@@ -237,8 +237,7 @@ def _look_at_options(
 ) -> None:
     """Say what is wrong with the words before hours are spent."""
     from stemloop.describe import materials
-    from stemloop.store import library as libraries
-    from stemloop.store import readers
+    from stemloop.store import readers, shelf
 
     for what, value in (("the time from frame to frame [s]", frame_time_s), ("the memory [MB]", memory_MB)):
         if value is not None and not 0 < value < math.inf:
@@ -248,7 +247,7 @@ def _look_at_options(
     if map_file is not None:
         readers.look(Path(map_file))
     if library is not None:
-        libraries.look(Path(library))
+        shelf.look(Path(library))
 
 
 def _source(source: Any, folder: Path) -> tuple[Path, str, str]:
