@@ -68,3 +68,7 @@ def _as_restructured_text(app: Any, what: str, name: str, item: Any, options: An
 def setup(app: Any) -> None:
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", _as_restructured_text, priority=100)
+
+
+#: Shapes such as (n, 2) in docstrings are no names of attributes called n.
+suppress_warnings = ["ref.python"]

@@ -79,7 +79,7 @@ def test_a_bad_frame_does_not_end_the_others_and_the_file_is_hashed_once(files, 
     shown = capsys.readouterr()
     assert "frame 0: all pixels" in shown.err and "frame 2:" in shown.err and len(hashed) == 1
     with Library("seen") as library:
-        assert {row[0] for row in library._ask("SELECT frame FROM entries")} == {1, 3}
+        assert {row[0] for row in library._shelf.ask("SELECT frame FROM entries")} == {1, 3}
 
 
 def test_colours_are_one_image_and_spectra_none(tmp_path):

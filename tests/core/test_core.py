@@ -1,3 +1,6 @@
+import json
+from types import MappingProxyType
+
 import numpy as np
 import pytest
 
@@ -16,6 +19,7 @@ from stemloop.core.instruction import (
     Spectrum,
     Stage,
 )
+from stemloop.core.plain import jsonable
 from stemloop.core.record import content_hash
 from stemloop.core.structure import Descriptors
 from stemloop.core.units import electrons, probe_fwhm_m, wavelength_m
@@ -109,3 +113,18 @@ def test_content_hash_sees_type_shape_and_bytes_and_not_key_order():
     assert content_hash({"a": 1, "b": 2}) == content_hash({"b": 2, "a": 1})
     assert content_hash(np.zeros(4)) != content_hash(np.zeros((2, 2)))
     assert content_hash(np.zeros(4)) != content_hash(np.zeros(4, np.float32))
+
+
+def test_json_says_what_any_reader_of_it_understands():
+    value = {
+        1: np.array([[1.5, np.inf], [-np.inf, np.nan]]),
+        "scalars": (np.float32(0.5), np.int8(-3), np.bool_(True), np.longdouble(2), np.str_("x"), float("nan")),
+        "others": [np.datetime64("2020-01-02"), b"x", 1j, None, MappingProxyType({"a": ()})],
+    }
+    said = jsonable(value)
+    assert said["1"] == [[1.5, None], [None, None]]
+    assert said["scalars"] == [0.5, -3, True, 2.0, "x", None]
+    assert said["others"] == ["2020-01-02", "b'x'", "1j", None, {"a": []}]
+    assert json.loads(json.dumps(said, allow_nan=False)) == said
+    assert jsonable(said) == said
+    assert jsonable([np.pi * 1e9, 7], digits=7) == [3141593000.0, 7]

@@ -96,7 +96,7 @@ def test_a_search_finds_what_comparing_everything_finds(tmp_path, rng):
         for part, sha in zip(np.array_split(vectors, 3), ("aa", "bb", "cc"), strict=True):
             library.add([Element(v, "column", (0.0, float(i))) for i, v in enumerate(part)], sha, sha * 32)
         queries = middles[:40] + rng.normal(size=(40, DIMENSION))
-        index, loose = library._fresh()
+        index, loose = library._nearby.fresh()
         assert len(index) == 30_000 and len(index.centre) > 100 and len(loose.entry) == 0
         hits = 0
         for query in queries.astype(np.float32):
@@ -130,7 +130,7 @@ def test_another_image_is_found_behind_the_many_frames_of_the_own(rng):
 
 
 def test_the_index_is_checked_and_made_again(tmp_path, rng, monkeypatch):
-    monkeypatch.setattr("stemloop.store.library._LOOSE", 100)
+    monkeypatch.setattr("stemloop.store.nearby._LOOSE", 100)
     path = tmp_path / "seen.library"
     some = elements(rng, 5000)
     with Library(path) as library:
@@ -149,7 +149,7 @@ def test_the_index_is_checked_and_made_again(tmp_path, rng, monkeypatch):
         assert np.array_equal(library.nearest(some[7].vector, 3, exact=True)[0], truth)
         # a tenth more: the index grows, and its file with it
         library.add(elements(np.random.default_rng(1), 1000), "b", "bb" * 32)
-        found, loose = library._fresh()
+        found, loose = library._nearby.fresh()
         assert len(found) == 6000 and len(loose.entry) == 0
         assert len(np.unique(found.entry)) == 6000
     assert len(neighbours.load(index, library.name)) == 6000
@@ -209,7 +209,7 @@ def check_after_kills(path, kills, rng):
     for _ in range(kills):
         acknowledged = killed_writer(path, acknowledged + 1, rng.uniform(0, 0.15))
         with Library(path) as library:
-            found = {int(y): n for y, n in library._ask("SELECT y, count(*) FROM entries GROUP BY y")}
+            found = {int(y): n for y, n in library._shelf.ask("SELECT y, count(*) FROM entries GROUP BY y")}
             assert all(found[batch] == 5 for batch in range(acknowledged + 1))  # nothing acknowledged is lost
             assert set(found.values()) == {5}  # and nothing is there by half
             assert library.verify() == 5 * len(found)
@@ -251,7 +251,7 @@ def test_a_reader_opens_while_a_writer_is_in_the_middle(tmp_path, rng):
     path = tmp_path / "seen.library"
     with Library(path) as writer:
         writer.add(elements(rng, 5), "a", SHA)
-        with writer._writing():
+        with writer._shelf.writing():
             writer._insert([row_of(e, "bb" * 32, DIMENSION) for e in elements(rng, 5)], "b", "bb" * 32)
             begun = time.monotonic()
             with Library(path) as reader:
@@ -358,7 +358,7 @@ def test_versions_are_not_mixed(tmp_path, rng):
 
 
 def test_an_older_file_put_back_is_not_searched_with_a_newer_index(tmp_path, rng, monkeypatch):
-    monkeypatch.setattr("stemloop.store.library._LOOSE", 5)
+    monkeypatch.setattr("stemloop.store.nearby._LOOSE", 5)
     path = tmp_path / "seen.library"
     with Library(path) as library:
         library.add(elements(rng, 10), "a", SHA)

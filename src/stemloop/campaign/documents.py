@@ -32,7 +32,7 @@ from typing import Any
 from stemloop.campaign.journal import Journal
 from stemloop.campaign.recipes import RECIPES
 from stemloop.campaign.settings import Settings
-from stemloop.campaign.site import write_whole
+from stemloop.core.durable import write_whole
 from stemloop.core.errors import InputError
 from stemloop.core.instruction import from_dict
 from stemloop.core.structure import QUANTITIES

@@ -14,15 +14,11 @@ from stemloop.core.units import probe_fwhm_m
 
 @dataclass(frozen=True)
 class Grid:
-    """``positions_m`` (ny * nx, 2) (y, x) [m] of the map's pixels, row by row, its ``shape`` (ny, nx) and ``extent_m``.
-
-    ``pitch_m`` is half the probe's full width at half maximum: the full raster at Nyquist.
-    """
+    """``positions_m`` (ny * nx, 2) (y, x) [m] of a map's pixels, row by row; ``shape`` (ny, nx); ``extent_m``."""
 
     positions_m: NDArray[np.float64]
     shape: tuple[int, int]
     extent_m: tuple[float, float]
-    pitch_m: float
 
     def __len__(self) -> int:
         return len(self.positions_m)
@@ -41,7 +37,7 @@ def nyquist_grid(info: InstrumentInfo, semiangle_rad: float) -> Grid:
     y = (np.arange(shape[0]) + 0.5) * height / shape[0]
     x = (np.arange(shape[1]) + 0.5) * width / shape[1]
     positions = np.stack(np.meshgrid(y, x, indexing="ij"), axis=-1).reshape(-1, 2)
-    return Grid(positions, shape, info.field_m, min(height / shape[0], width / shape[1]))
+    return Grid(positions, shape, info.field_m)
 
 
 def recorded_grid(info: InstrumentInfo) -> Grid:
@@ -50,5 +46,4 @@ def recorded_grid(info: InstrumentInfo) -> Grid:
     positions = np.asarray(info.positions_m, float)
     shape = len(np.unique(positions[:, 0])), len(np.unique(positions[:, 1]))
     order = np.lexsort((positions[:, 1], positions[:, 0]))
-    pitch = min(info.field_m[0] / shape[0], info.field_m[1] / shape[1])
-    return Grid(positions[order], shape, info.field_m, pitch)
+    return Grid(positions[order], shape, info.field_m)

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stemloop.core.errors import InputError, IntegrityError, UnreadableFile
+from stemloop.core.errors import InputError, IntegrityError
 from stemloop.core.protocols import Block, Encoded
 from stemloop.core.spans import Span
 from stemloop.store import files, pipelines, sealing
+from stemloop.store.readers import look
 from stemloop.store.sealed import Sealed
 from stemloop.stream.landing import LandingLog
 
@@ -71,8 +72,7 @@ def seal_log(
 ) -> dict[str, Any]:
     """Seal the landing log ``log``; the rest as :func:`stemloop.store.files.seal`. What was declared lost in the log
     is declared lost in the file. A damaged log is an :class:`IntegrityError`: repair it first."""
-    if not Path(log).is_file():
-        raise UnreadableFile(f"there is no file {log}.")
+    look(Path(log))
     known = files.known(run, calibrations, positions, logs, profile=profile)
     arguments = {"log": os.path.abspath(log)}
     function = "stemloop.campaign.keeping:write"
@@ -103,8 +103,7 @@ class Report:
 
 
 def _is_log(path: Path) -> bool:
-    if not path.is_file():
-        raise UnreadableFile(f"there is no file {path}.")
+    look(path)
     with open(path, "rb") as file:
         return file.read(8) == b"STEMLOG\n"
 

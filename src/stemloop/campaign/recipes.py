@@ -21,6 +21,7 @@ from stemloop.campaign.site import Site
 from stemloop.campaign.stopwatch import Stopwatch
 from stemloop.core.errors import InputError, OutcomeUnknown
 from stemloop.core.instruction import Diffraction, Image, Instruction, Optics, Spectrum
+from stemloop.core.plain import jsonable
 from stemloop.core.protocols import Belief, InstrumentInfo
 from stemloop.core.registry import Registry
 from stemloop.core.structure import Columns, Descriptors
@@ -166,7 +167,7 @@ def _points(positions_m: NDArray[np.float64]) -> tuple[tuple[float, float], ...]
 
 
 def _numbers(values: NDArray[np.float64]) -> list[float | None]:
-    return [float(v) if np.isfinite(v) else None for v in values]
+    return list(jsonable(np.asarray(values, float)))
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import json
 import math
 import re
@@ -19,9 +20,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from stemloop import __version__
-from stemloop.campaign.report import _STYLE
+from stemloop.campaign import pages
 from stemloop.core import units
+from stemloop.core.durable import write_whole
 from stemloop.core.errors import InputError, StorageError, UnknownName
+from stemloop.core.plain import jsonable
 from stemloop.core.protocols import Block, Camera, Fold
 from stemloop.reduce import dpc
 from stemloop.reduce.detectors import Patterns, Radial, Virtual, find_disk, ring, segments, standard
@@ -138,8 +141,12 @@ def open_scan(path: Path, memory_MB: float = 2048.0, **known: float | None) -> S
 
     Vendor files stay open in a child process that reads only what is folded: use the scan as a context, or close it.
 
-    ``known`` overrides what the file says: ``pixel_rad``, ``step_m``, ``energy_eV``, ``semiangle_rad``.
+    ``known`` overrides what the file says: ``pixel_rad``, ``step_m``, ``energy_eV``, ``semiangle_rad``; each must be a
+    finite number above zero.
     """
+    for name, value in {**known, "memory_MB": memory_MB}.items():
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"the {name.replace('_', ' [')}] must be a finite number above zero; got {value:g}.")
     if path.suffix.lower() == ".npy":
         signal = read(path, mapped=True)[0]
         found = [Found(signal.data.shape, signal.data.dtype, signal.axes, signal.metadata)]
@@ -257,6 +264,11 @@ def reduce_scan(
     """
     if unknown := [name for name in names if name not in FOLDS]:
         raise UnknownName(f"unknown fold {unknown[0]!r}; known: {', '.join(FOLDS)}.")
+    if threads < 1:
+        raise InputError(f"{threads} threads fold nothing; give at least 1.")
+    for name, value in (("rotation [rad]", rotation_rad), ("defocus [m]", C10_m)):
+        if value is not None and not math.isfinite(value):
+            raise InputError(f"the {name} must be a finite number; got {value:g}.")
 
     def go(title: str, folds: Fold | Sequence[Fold]) -> Maps:
         total = scan.shape[0] * scan.shape[1]
@@ -283,7 +295,7 @@ def reduce_scan(
         "notes": [*scan.notes, *([guessed] if guessed else [])],
     }
     own = _detectors(camera, angle_unit, rings or {}, masks or {})
-    folds = _folds(scan, names, camera, semiangle, own, patterns["mean_pattern"] * scan.shape[0] * scan.shape[1])
+    folds = _folds(names, camera, semiangle, own, patterns["mean_pattern"] * scan.shape[0] * scan.shape[1])
     maps = dict(patterns) if "patterns" in names else {}
     maps |= go("maps", folds) if folds else {}
     if {"dpc", "idpc", "ssb"} & set(names):
@@ -313,7 +325,6 @@ def _calibrated(scan: Scan, radius_px: float) -> tuple[float, str, str]:
 
 
 def _folds(
-    scan: Scan,
     names: Sequence[str],
     camera: Camera,
     semiangle_rad: float,
@@ -420,21 +431,28 @@ def write(reduced: Reduced, folder: Path) -> Path:
     ``folder`` (made if it is not there), and return the report's path."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with h5py.File(folder / "maps.h5", "w") as file:
-            for name, found in reduced.maps.items():
-                file.create_dataset(name, data=found).attrs["unit"] = reduced.unit[name]
-            file.attrs["summary"] = json.dumps(reduced.summary)
-        (folder / "summary.json").write_text(json.dumps(reduced.summary, indent=1) + "\n", encoding="utf-8")
-        picture = folder / "maps.png"
-        _picture(reduced, picture)
-        report = folder / "report.html"
-        report.write_text(_page(reduced, picture.read_bytes()), encoding="utf-8")
     except OSError as error:
-        raise StorageError(f"the maps cannot be written to {folder}: {error.strerror or error}.") from error
+        raise StorageError(f"cannot make the folder {folder}: {error.strerror}. Choose another with --out.") from None
+    write_whole(folder / "maps.h5", _hdf5(reduced))
+    picture = _picture(reduced)
+    write_whole(folder / "maps.png", picture)
+    write_whole(folder / "summary.json", json.dumps(jsonable(reduced.summary), indent=1) + "\n")
+    report = folder / "report.html"
+    write_whole(report, _page(reduced, picture))
     return report
 
 
-def _picture(reduced: Reduced, path: Path) -> None:
+def _hdf5(reduced: Reduced) -> bytes:
+    """Made in memory: where a disk is full, HDF5 neither raises an ``OSError`` nor lets go of its file."""
+    with h5py.File("maps.h5", "w", driver="core", backing_store=False) as file:
+        for name, found in reduced.maps.items():
+            file.create_dataset(name, data=found).attrs["unit"] = reduced.unit[name]
+        file.attrs["summary"] = json.dumps(jsonable(reduced.summary))
+        file.flush()
+        return bytes(file.id.get_file_image())
+
+
+def _picture(reduced: Reduced) -> bytes:
     shown = {n: m for n, m in reduced.maps.items() if m.ndim == 2 and "_sigma" not in n and n != "sum_pattern"}
     columns = min(4, max(1, len(shown)))
     rows = -(-max(1, len(shown)) // columns)
@@ -451,7 +469,9 @@ def _picture(reduced: Reduced, path: Path) -> None:
         axes.set_title(f"{name} [{'log ' if pattern else ''}{reduced.unit[name]}]", fontsize=9)
         axes.set_axis_off()
         figure.colorbar(drawn, ax=axes, shrink=0.8).ax.tick_params(labelsize=7)
-    figure.savefig(path, dpi=110)
+    out = io.BytesIO()
+    figure.savefig(out, dpi=110)
+    return out.getvalue()
 
 
 def _page(reduced: Reduced, picture: bytes) -> str:
@@ -460,14 +480,12 @@ def _page(reduced: Reduced, picture: bytes) -> str:
         for key, value in reduced.summary.items()
         if value not in (None, [])
     )
-    title = html.escape(f"{reduced.summary['file']} · stemloop reduce")
+    title = f"{reduced.summary['file']} · stemloop reduce"
     scan, frame = ("x".join(map(str, reduced.summary[key])) for key in ("scan", "frame"))
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_STYLE}</style></head><body><main><header><h1>{title}</h1>"
-        f'<p class="lead">{scan} positions, frames of {frame} pixels. '
-        f"Numbers with units: <code>maps.h5</code>.</p></header>"
-        f'<section><figure><img alt="maps" src="data:image/png;base64,{base64.b64encode(picture).decode()}"></figure>'
-        f"</section><section><table>{rows}</table></section></main></body></html>\n"
+    head = (
+        f'<header><h1>{html.escape(title)}</h1><p class="lead">{scan} positions, frames of {frame} pixels. '
+        "Numbers with units: <code>maps.h5</code>.</p></header>"
     )
+    image = f'<img alt="maps" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
+    shown = f"<section><figure>{image}</figure></section>"
+    return pages.whole(title, [head, shown, f"<section><table>{rows}</table></section>"])

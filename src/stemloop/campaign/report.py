@@ -2,69 +2,22 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
+from stemloop.campaign import pages
 from stemloop.campaign.reasons import STOP_REASONS
-from stemloop.core.errors import StorageError
+from stemloop.core.durable import write_whole
 
 Floats = NDArray[np.float64]
-
-_INK, _SOFT, _ACCENT, _WARM = "#1c2430", "#6b7685", "#2563a8", "#c2571a"
-_STYLE = """
-:root { color-scheme: light dark; --page:#f6f7f9; --card:#fff; --ink:#1c2430; --soft:#5d6877; --line:#dfe4ea;
-  --accent:#2563a8; --good:#1d7a46; --warn:#a8540c; }
-@media (prefers-color-scheme: dark) { :root { --page:#12161c; --card:#1a2029; --ink:#e6eaf0; --soft:#9aa6b5;
-  --line:#2c3541; --accent:#7db3ee; --good:#63c48d; --warn:#eea25c; } }
-* { box-sizing:border-box }
-body { margin:0; background:var(--page); color:var(--ink); font:16px/1.5 system-ui,-apple-system,"Segoe UI",
-  "DejaVu Sans",sans-serif; -webkit-text-size-adjust:100% }
-main { max-width:1100px; margin:0 auto; padding:32px 24px 56px }
-header p.kicker { margin:0; color:var(--soft); letter-spacing:.06em; text-transform:uppercase; font-size:.78rem }
-h1 { font-size:2rem; line-height:1.2; margin:.1em 0 .3em; letter-spacing:-.01em }
-h2 { font-size:1.12rem; margin:0 0 .2em }
-.lead { color:var(--soft); margin:0 0 1.3em; max-width:52em }
-.lead strong { color:var(--ink); font-weight:600 }
-.facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(150px,1fr)); gap:12px; margin:0 0 20px }
-.fact, section { background:var(--card); border:1px solid var(--line); border-radius:10px }
-.fact { padding:12px 16px }
-.fact b { display:block; font-size:1.2rem; font-weight:650; line-height:1.25; font-variant-numeric:tabular-nums;
-  white-space:nowrap }
-.fact span { color:var(--soft); font-size:.84rem; display:block; line-height:1.35 }
-.good b { color:var(--good) } .warn b { color:var(--warn) }
-section { padding:18px 20px; margin:0 0 20px; break-inside:avoid }
-section > p { margin:.1em 0 .8em; color:var(--soft); font-size:.92rem; max-width:62em }
-.pair { display:grid; grid-template-columns:repeat(auto-fit,minmax(430px,1fr)); gap:20px }
-.pair > section { margin:0 } .pair { margin:0 0 20px }
-figure { margin:0; background:#fff; border-radius:6px; overflow:hidden }
-figure img, figure svg { display:block; width:100%; height:auto }
-table { border-collapse:collapse; width:100%; font-size:.9rem }
-td, th { text-align:left; padding:5px 10px 5px 0; border-bottom:1px solid var(--line); vertical-align:top }
-th { font-weight:500; color:var(--soft); width:34%; white-space:nowrap }
-td { font-variant-numeric:tabular-nums; overflow-wrap:anywhere }
-tr:last-child > * { border-bottom:0 }
-code { font:.86em/1.4 ui-monospace,"DejaVu Sans Mono",Menlo,monospace }
-.bar { display:flex; align-items:center; gap:10px; margin:7px 0; font-size:.9rem }
-.bar i { display:block; height:14px; border-radius:3px; background:var(--accent); min-width:2px }
-.bar.whole i { background:var(--line) }
-.bar .track { flex:1 } .bar .name { width:118px; color:var(--soft); flex:none }
-.bar .value { flex:none; min-width:92px; text-align:right; font-variant-numeric:tabular-nums }
-footer { color:var(--soft); font-size:.85rem }
-@media print { :root { color-scheme:light } body { background:#fff; font-size:11pt } main { padding:0; max-width:none }
-  .fact, section { border-color:#ccc } .pair { grid-template-columns:1fr 1fr } }
-@media (max-width:520px) { .pair { grid-template-columns:1fr } main { padding:20px 12px } }
-"""
 
 
 def write_report(directory: Path, summary: Mapping[str, Any], maps: Mapping[str, Any]) -> Path:
@@ -92,10 +45,7 @@ def write_report(directory: Path, summary: Mapping[str, Any], maps: Mapping[str,
     """
     page = _Page(dict(summary), {key: value for key, value in maps.items() if value is not None}, Path(directory))
     path = Path(directory) / "report.html"
-    try:
-        path.write_text(page.html(), encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"the report {path} cannot be written: {error.strerror or error}.") from error
+    write_whole(path, page.html())
     return path
 
 
@@ -124,14 +74,7 @@ class _Page:
     def html(self) -> str:
         parts = [self.headline(), self.overview(), self.maps_with_path(), self.truth(), self.learning()]
         parts += [self._pair(self.dose(), self.timings()), self.table(), self.provenance()]
-        title = html.escape(f"{self.summary.get('specimen', 'Run')} · stemloop")
-        return (
-            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-            + "\n".join(part for part in parts if part)
-            + "\n</main>\n</body>\n</html>\n"
-        )
+        return pages.whole(f"{self.summary.get('specimen', 'Run')} · stemloop", parts)
 
     @staticmethod
     def _pair(left: str, right: str) -> str:
@@ -143,7 +86,7 @@ class _Page:
         """A value of the property with its unit."""
         if not isinstance(value, (int, float, np.number)) or not np.isfinite(value):
             return "not known"
-        return f"{_plain(float(value) * self.scale, digits)} {self.unit}".strip()
+        return f"{pages.number(float(value) * self.scale, digits)} {self.unit}".strip()
 
     def headline(self) -> str:
         s = self.summary
@@ -153,10 +96,10 @@ class _Page:
         facts = []
         points, raster = s.get("points"), s.get("raster_points")
         if points is not None:
-            of = f"of {_grouped(raster)} positions of the full raster" if raster else "positions measured"
-            facts.append(("", _grouped(points), of))
+            of = f"of {pages.grouped(raster)} positions of the full raster" if raster else "positions measured"
+            facts.append(("", pages.grouped(points), of))
         if s.get("dose_fraction") is not None:
-            facts.append(("", f"{_plain(100 * float(s['dose_fraction']), 3)} %", "of the full raster's dose"))
+            facts.append(("", f"{pages.number(100 * float(s['dose_fraction']), 3)} %", "of the full raster's dose"))
         if s.get("final_sigma") is not None:
             target = s.get("target_sigma")
             met = target is not None and float(s["final_sigma"]) <= float(target) * 1.0001
@@ -196,7 +139,7 @@ class _Page:
         axes: Any = figure.subplots(1, 1 + ("mean" in m), sharey=True, squeeze=False)[0]
         for axis in axes:
             _picture(axis, m["overview"], extent, "gray", np.nanpercentile(m["overview"], (0.5, 99.7)))
-            _bare(axis)
+            pages.bare(axis)
             _scale_bar(axis, extent)
         self._columns(axes[0])
         axes[0].set_title("HAADF overview" + (" and atom columns" if "columns_m" in m else ""))
@@ -206,9 +149,9 @@ class _Page:
             axes[1].set(xlim=axes[0].get_xlim(), ylim=axes[0].get_ylim())
             axes[1].set_title(f"{_sentence(self.property)} painted on it")
             self._bar(figure, shown, axes[1], _labelled(self.property, self.unit))
-        words = f"{_grouped(len(m['columns_m']))} columns were found. " if "columns_m" in m else ""
-        return _section(
-            "The specimen", words + "Field of view " + _field(extent) + ".", _png(figure, self._say("overview"))
+        words = f"{pages.grouped(len(m['columns_m']))} columns were found. " if "columns_m" in m else ""
+        return pages.section(
+            "The specimen", words + "Field of view " + _field(extent) + ".", pages.png(figure, self._say("overview"))
         )
 
     def _columns(self, axis: Any) -> None:
@@ -267,7 +210,7 @@ class _Page:
             axis.label_outer()
         words = "The estimate with the measured positions, and how uncertain it is."
         words += " The path runs from the circle to the square, dark to bright." if "path" in shown else ""
-        return _section("The map and its deviation", words, _png(figure, self._say("map")))
+        return pages.section("The map and its deviation", words, pages.png(figure, self._say("map")))
 
     def _points(self, axis: Any) -> None:
         place = self.maps.get("points_m")
@@ -285,7 +228,7 @@ class _Page:
         size = float(np.clip(1800 / len(line), 3, 14))
         dots = axis.scatter(line[:, 0], line[:, 1], c=order, cmap="plasma", s=size, linewidths=0, zorder=3)
         for end, marker in ((line[0], "o"), (line[-1], "s")):
-            axis.scatter(*end, s=48, marker=marker, facecolors="none", edgecolors=_INK, linewidths=1.4, zorder=4)
+            axis.scatter(*end, s=48, marker=marker, facecolors="none", edgecolors=pages.INK, linewidths=1.4, zorder=4)
         height, width = (1e9 * v for v in self.extent)
         axis.set(xlim=(0, width), ylim=(height, 0), aspect="equal", facecolor="#f1f3f6")
         self._bar(figure, dots, axis, "order")
@@ -313,8 +256,10 @@ class _Page:
             _histogram(two, error / np.maximum(m["sigma"] * self.scale, 1e-30))
         words = "The simulated specimen's truth was never shown to the experiment. "
         words += "Right: the errors in units of the deviation that was claimed; honest deviations follow the line."
-        return _section(
-            "Against the truth", words.replace("Right", "Below") if flat else words, _png(figure, self._say("error"))
+        return pages.section(
+            "Against the truth",
+            words.replace("Right", "Below") if flat else words,
+            pages.png(figure, self._say("error")),
         )
 
     def learning(self) -> str:
@@ -324,8 +269,11 @@ class _Page:
         figure = Figure(figsize=(10.4, 3.7), layout="constrained")
         axis = figure.subplots()
         points = [h["points"] for h in history]
-        lines = (("sigma_max", "largest deviation", _ACCENT, "-"), ("sigma_mean", "mean deviation", _ACCENT, "--"))
-        for key, label, colour, style in (*lines, ("rmse", f"rms error against the {self.known}", _WARM, "-")):
+        lines = (
+            ("sigma_max", "largest deviation", pages.ACCENT, "-"),
+            ("sigma_mean", "mean deviation", pages.ACCENT, "--"),
+        )
+        for key, label, colour, style in (*lines, ("rmse", f"rms error against the {self.known}", pages.WARM, "-")):
             y = np.array([h.get(key) if h.get(key) is not None else np.nan for h in history], dtype=float) * self.scale
             if np.isfinite(y).any():
                 axis.plot(
@@ -343,8 +291,8 @@ class _Page:
         axis.set(xlabel="measured positions", ylabel=_labelled("deviation", self.unit))
         axis.grid(True, which="both", color="#e7ebf0", lw=0.6)
         axis.legend(frameon=False, fontsize=9)
-        _quiet(axis)
-        return _section("Learning curve", "", _svg(figure, self._say("learning curve")))
+        pages.quiet(axis)
+        return pages.section("Learning curve", "", pages.svg(figure, self._say("learning curve")))
 
     # -------------------------------------------------------------------------------------------------- bars
 
@@ -353,13 +301,13 @@ class _Page:
         if fraction is None:
             return ""
         share = float(fraction)
-        spent = _plain(100 * share, 3)
+        spent = pages.number(100 * share, 3)
         history = self.maps.get("history") or [{}]
         electrons = history[-1].get("electrons")
-        words = f"{_plain(float(electrons), 3)} electrons were given to the specimen." if electrons else ""
+        words = f"{pages.number(float(electrons), 3)} electrons were given to the specimen." if electrons else ""
         rows = _bar_row("this run", share, f"{spent} %") + _bar_row("full raster", 1.0, "100 %", "whole")
         if 0 < share < 1:
-            words += f" A full raster would have taken {_plain(1 / share, 3)} times as many."
+            words += f" A full raster would have taken {pages.number(1 / share, 3)} times as many."
         return f"<section><h2>Dose</h2><p>{html.escape(words.strip())}</p>{rows}</section>"
 
     def timings(self) -> str:
@@ -379,7 +327,7 @@ class _Page:
     def table(self) -> str:
         own = {"final_sigma", "target_sigma", "map_rmse"}
         rows = "".join(
-            _row(key, self._amount(value) if key in own and value is not None else _shown(value))
+            _row(key, self._amount(value) if key in own and value is not None else pages.shown(value))
             for key, value in self.summary.items()
         )
         return f"<section><h2>All values</h2><table><tbody>{rows}</tbody></table></section>"
@@ -387,7 +335,7 @@ class _Page:
     def provenance(self) -> str:
         keep = ("version", "seed", "recipe", "recipe_sha256", "hashes", "inputs", "utc")
         found = {key: self.summary[key] for key in keep if self.summary.get(key) is not None}
-        rows = "".join(_row(key, _shown(value)) for key, value in found.items())
+        rows = "".join(_row(key, pages.shown(value)) for key, value in found.items())
         if self.directory.is_dir():
             files = sorted(p for p in self.directory.iterdir() if p.is_file() and p.name != "report.html")
             listed = ", ".join(f"{p.name} ({_bytes(p.stat().st_size)})" for p in files[:40])
@@ -447,26 +395,12 @@ def _limits(values: Floats) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5 * abs(low) - 1e-12, low + 0.5 * abs(low) + 1e-12)
 
 
-def _bare(axis: Any) -> None:
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.title.set(fontsize=10.5, color=_INK)
-
-
 def _nanometres(axis: Any) -> None:
     axis.set_xlabel("x (nm)", fontsize=9)
     axis.set_ylabel("y (nm)", fontsize=9)
     axis.tick_params(labelsize=8.5)
     axis.locator_params(nbins=6)
-    axis.title.set(fontsize=10.5, color=_INK)
-
-
-def _quiet(axis: Any) -> None:
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axis.spines[side].set_color("#b8c0cb")
-    axis.tick_params(color="#b8c0cb")
+    axis.title.set(fontsize=10.5, color=pages.INK)
 
 
 def _scale_bar(axis: Any, extent: Sequence[float]) -> None:
@@ -486,14 +420,14 @@ def _histogram(axis: Any, pulls: Floats) -> None:
     known = pulls[np.isfinite(pulls)]
     edges = np.linspace(-4.5, 4.5, 46)
     axis.hist(known.clip(-4.5, 4.5), edges, density=True, color="#a9c6e6", edgecolor="white", linewidth=0.4)
-    axis.plot(edges, np.exp(-(edges**2) / 2) / np.sqrt(2 * np.pi), color=_INK, lw=1.4, label="normal law")
+    axis.plot(edges, np.exp(-(edges**2) / 2) / np.sqrt(2 * np.pi), color=pages.INK, lw=1.4, label="normal law")
     inside = float(np.mean(np.abs(known) < 2)) if known.size else float("nan")
-    axis.set_title(f"Standardised errors: {100 * inside:.1f} % within 2", fontsize=10.5, color=_INK)
+    axis.set_title(f"Standardised errors: {100 * inside:.1f} % within 2", fontsize=10.5, color=pages.INK)
     axis.set_xlabel("error / deviation", fontsize=9)
     axis.set_yticks([])
     axis.set_xlim(-4.5, 4.5)
     axis.legend(frameon=False, fontsize=9)
-    _quiet(axis)
+    pages.quiet(axis)
     axis.spines["left"].set_visible(False)
 
 
@@ -501,30 +435,7 @@ def _few_minor(value: float, _: int) -> str:
     return f"{value:g}" if f"{value:e}"[0] in "25" else ""
 
 
-def _png(figure: Figure, words: str) -> str:
-    return _drawn(figure, words, lambda out: FigureCanvasAgg(figure).print_png(out), "image/png")
-
-
-def _svg(figure: Figure, words: str) -> str:
-    return _drawn(
-        figure, words, lambda out: figure.savefig(out, format="svg", metadata={"Date": None}), "image/svg+xml"
-    )
-
-
-def _drawn(figure: Figure, words: str, draw: Callable[[io.BytesIO], Any], kind: str) -> str:
-    figure.set_dpi(115)
-    out = io.BytesIO()
-    draw(out)
-    data = base64.b64encode(out.getvalue()).decode()
-    return f'<figure><img src="data:{kind};base64,{data}" alt="{html.escape(words, quote=True)}"></figure>'
-
-
 # --------------------------------------------------------------------------------------------------- small words
-
-
-def _section(title: str, words: str, body: str) -> str:
-    text = f"<p>{html.escape(words)}</p>" if words else ""
-    return f"<section><h2>{html.escape(title)}</h2>{text}{body}</section>"
 
 
 def _bar_row(name: str, share: float, value: str, kind: str = "") -> str:
@@ -547,25 +458,6 @@ def _labelled(name: str, unit: str) -> str:
     return f"{name} ({unit})" if name and unit else name or unit
 
 
-def _grouped(value: Any) -> str:
-    return f"{int(value):,}".replace(",", "\u2009") if isinstance(value, (int, float, np.number)) else str(value)
-
-
-def _plain(value: float, digits: int = 3) -> str:
-    """A number to ``digits`` significant figures, with a power of ten only where it is far from one.
-
-    >>> _plain(0.012345), _plain(1234.5), _plain(3.2e9)
-    ('0.0123', '1234', '3.20 × 10⁹')
-    """
-    if not np.isfinite(value) or value == 0:
-        return f"{value:g}"
-    power = int(np.floor(np.log10(abs(value))))
-    if -4 < power < 6:
-        return f"{value:.{max(digits - 1 - power, 0)}f}"
-    raised = str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"{value / 10.0**power:.{digits - 1}f} × 10{raised}"
-
-
 def _duration(seconds: float) -> str:
     if seconds >= 120:
         return f"{int(seconds // 60)} min {seconds % 60:.0f} s"
@@ -577,18 +469,4 @@ def _bytes(size: int) -> str:
 
 
 def _field(extent: Sequence[float]) -> str:
-    return f"{_plain(1e9 * extent[1])} nm × {_plain(1e9 * extent[0])} nm"
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "not known"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, (float, np.floating)):
-        return f"{float(value):.5g}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_shown(inner)}" for key, inner in value.items()) or "none"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_shown(inner) for inner in value) or "none"
-    return str(value)
+    return f"{pages.number(1e9 * extent[1])} nm × {pages.number(1e9 * extent[0])} nm"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,7 +23,8 @@ from stemloop.campaign.settings import Settings
 from stemloop.campaign.site import Site, write_json
 from stemloop.campaign.stopwatch import Stopwatch
 from stemloop.core import instruction as instructions
-from stemloop.core.errors import InputError, IntegrityError, StorageError, UnreadableFile
+from stemloop.core.durable import writing
+from stemloop.core.errors import InputError, IntegrityError, UnreadableFile
 from stemloop.core.record import content_hash
 from stemloop.decide.acquire import ACQUISITIONS
 from stemloop.energetics.calculators import CALCULATORS
@@ -151,19 +151,9 @@ class Run:
 
     def _keep(self, arrays: dict[str, Any]) -> None:
         """Write ``result.npz``; it appears only when it is whole."""
-        path = self.directory / "result.npz"
-        part = path.with_name("result.npz.new")
-        try:
-            with open(part, "wb") as file:
-                np.savez_compressed(file, **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except OSError as error:
-            raise StorageError(
-                f"{path} cannot be written: {error.strerror or error}. Nothing that was measured is lost; "
-                f"make room and finish with: stemloop resume {self.directory}"
-            ) from None
+        mend = f"Nothing that was measured is lost; make room and finish with: stemloop resume {self.directory}"
+        with writing(self.directory / "result.npz", mend=mend) as file:
+            np.savez_compressed(file, **arrays)
 
     def _compare(self, truth: np.ndarray | None, reference: tuple[np.ndarray, np.ndarray] | None) -> None:
         """Add to the history how the map agreed with the truth, or with the whole recording, after each decision."""

@@ -32,6 +32,7 @@ from stemloop.campaign.patience import Patience, PatientJournal
 from stemloop.campaign.settings import Settings
 from stemloop.campaign.stopwatch import Stopwatch
 from stemloop.core import instruction as instructions
+from stemloop.core.durable import write_whole
 from stemloop.core.errors import (
     InputError,
     InstrumentError,
@@ -44,6 +45,7 @@ from stemloop.core.errors import (
     from_code,
 )
 from stemloop.core.instruction import Instruction
+from stemloop.core.plain import jsonable
 from stemloop.core.protocols import Exposure
 from stemloop.instrument.client import Client, connect
 from stemloop.instrument.files import DirectoryLock
@@ -62,21 +64,8 @@ STOP_LIMIT_S = 20.0
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees all of it or the old file."""
-    write_whole(path, json.dumps(content, indent=1))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text so that a reader sees all of it or the old file: temporary file, fsync, rename."""
-    temporary = path.with_name(path.name + ".new")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror}.") from None
+    """Write JSON so that a reader sees all of it or the old file; see :func:`~stemloop.core.plain.jsonable`."""
+    write_whole(path, json.dumps(jsonable(content), indent=1, allow_nan=False))
 
 
 def _new_run() -> dict[str, str]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from stemloop.commands.progress import bars
+from stemloop.core.errors import InputError
 
 
 def add(verbs: Any) -> None:
@@ -14,9 +18,6 @@ def add(verbs: Any) -> None:
     convert = verbs.add_parser("convert", help="copy a recorded file of any kind into one open HDF5 file")
     convert.add_argument("path", type=Path, metavar="IN")
     convert.add_argument("out", type=Path, metavar="OUT.h5")
-    convert.add_argument(
-        "--profile", default="portable", help="portable (default: needs no plugin) or working (faster)"
-    )
     convert.add_argument("--overwrite", action="store_true", help="replace OUT.h5 if it is there")
     convert.add_argument("--memory-MB", type=float, default=1024.0, metavar="M", help="most memory of the reader")
     convert.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -26,6 +27,8 @@ def add(verbs: Any) -> None:
 def _convert(words: argparse.Namespace) -> int:
     from stemloop.store.convert import convert
 
+    if not 0 < words.memory_MB < math.inf:
+        raise InputError(f"the memory [MB] must be a finite number above zero; got {words.memory_MB:g}.")
     with bar(words.path.name, words.quiet) as progress:
         made = convert(
             words.path,
@@ -42,10 +45,8 @@ def _convert(words: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def bar(title: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A progress bar of bytes on standard error: what it gives is called with (done, of how many)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=quiet) as shown:
-        task = shown.add_task(title, total=None)
-        yield lambda done, total: shown.update(task, completed=done, total=total)
+    with bars(*columns, TimeRemainingColumn(), quiet=quiet) as tell:
+        yield lambda done, total: tell(title, done, total)

@@ -68,7 +68,8 @@ def _info(words: argparse.Namespace) -> int:
     report = keeping.examine(words.path)
     print(f"{words.path}: {report.kind}")
     for key, value in report.facts.items():
-        print(f"  {key}: {value}")
+        if value not in ("", None):
+            print(f"  {key}: {value}")
     for name, facts in report.streams.items():
         print(f"  {name}: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
     for flaw in report.flaws:

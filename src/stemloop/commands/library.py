@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
+
+from stemloop.core.plain import jsonable
 
 
 def add(verbs: Any) -> None:
@@ -38,8 +41,13 @@ def add(verbs: Any) -> None:
 
 
 def _place(words: str) -> tuple[float, float]:
-    row, col = words.split(",")
-    return float(row), float(col)
+    try:
+        row, col = (float(word) for word in words.split(","))
+    except ValueError:
+        row = col = math.nan
+    if not (math.isfinite(row) and math.isfinite(col)):
+        raise argparse.ArgumentTypeError(f"a place is ROW,COL in pixels, such as 120.5,88; got {words!r}")
+    return row, col
 
 
 def _add(words: argparse.Namespace) -> int:
@@ -58,7 +66,7 @@ def _add(words: argparse.Namespace) -> int:
                     print(f"stemloop: {path}: {error}", file=sys.stderr)
             except StemloopError as error:  # one bad file does not end the others
                 failed = error.exit_code
-                print(f"stemloop: {path}: {error}", file=sys.stderr)
+                print(f"stemloop: {'' if str(path) in str(error) else f'{path}: '}{error}", file=sys.stderr)
     return failed
 
 
@@ -67,7 +75,9 @@ def _keep(library: Any, path: Path) -> tuple[int, list[Any]]:
     from stemloop.campaign.images.elements import elements_of, images_of
     from stemloop.core.errors import InputError
     from stemloop.store.library import sha256_of
+    from stemloop.store.readers import look
 
+    look(path)
     sha256, new, bad = sha256_of(path), 0, []
     for frame, (image, pixel_m) in enumerate(images_of(path)):
         try:
@@ -90,7 +100,7 @@ def _search(words: argparse.Namespace) -> int:
             element.vector, scatter=element.scatter, least_p=words.least_p, without_source=sha256_of(words.file)
         )
     if words.json:
-        print(json.dumps([_facts(sighting) for sighting in sightings], indent=1))
+        print(json.dumps(jsonable([_facts(sighting) for sighting in sightings]), indent=1))
         return 0
     for sighting in sightings:
         best = sighting.matches[0]

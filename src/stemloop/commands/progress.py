@@ -8,14 +8,14 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def bars(*columns: Any) -> Iterator[Callable[[str, int, int], None]]:
+def bars(*columns: Any, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     """What it gives is called with (step, done, of how many). ``columns`` are those of ``rich.progress``, or none for
-    the usual ones."""
+    the usual ones. An error takes them away."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as shown:
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as shown:
         tasks: dict[str, Any] = {}
 
         def tell(title: str, done: int, total: int) -> None:
@@ -23,4 +23,8 @@ def bars(*columns: Any) -> Iterator[Callable[[str, int, int], None]]:
                 tasks[title] = shown.add_task(title, total=total)
             shown.update(tasks[title], completed=done, total=total)
 
-        yield tell
+        try:
+            yield tell
+        except BaseException:
+            shown.live.transient = True
+            raise

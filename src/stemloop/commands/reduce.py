@@ -57,7 +57,7 @@ def _reduce(words: argparse.Namespace) -> int:
         reduced = reduction.reduce_scan(
             scan,
             tuple(words.fold) if words.fold else reduction.USUAL,
-            threads=max(1, words.threads),
+            threads=words.threads,
             rotation_rad=times(words.rotation_deg, math.pi / 180),
             C10_m=words.defocus_nm * 1e-9,
             rings=rings,
@@ -100,7 +100,8 @@ def _mask(text: str) -> tuple[str, Any]:
     try:
         mask = np.load(file, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise UnreadableFile(f"the mask {file} cannot be read: {error}") from None
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UnreadableFile(f"the mask {file} cannot be read: {why}.") from None
     if mask.ndim != 2 or mask.dtype.kind not in "buif" or not np.isfinite(mask).all():
         raise InputError(
             f"the mask {file} is {mask.dtype} of {mask.shape}; it must be (rows, columns) of finite numbers."

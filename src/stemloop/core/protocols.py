@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stemloop.core.instruction import Instruction, Position
-from stemloop.core.signal import Signal
 from stemloop.core.structure import Columns, Descriptors, Energies
 
 # ----------------------------------------------------------------------------------------------- the microscope
@@ -261,12 +260,6 @@ class FrameLog(Protocol):
     def batches(self, stream: str | None = None) -> Iterator[Batch]: ...
 
     def close(self) -> None: ...
-
-
-class Reader(Protocol):
-    """Reads a recorded file of any vendor into signals, or raises an ``UnreadableFile``."""
-
-    def __call__(self, path: str) -> list[Signal]: ...
 
 
 # -------------------------------------------------------------------------------------------------------- images

@@ -1,11 +1,9 @@
-"""Where a result comes from: content hashes and records of provenance."""
+"""Where a result comes from: hashes of contents."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,19 +32,3 @@ def content_hash(value: Any) -> str:
     else:
         digest.update(json.dumps(_plain(value), sort_keys=True, separators=(",", ":")).encode())
     return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class Record:
-    """How a result was made: ``activity``, hashes of its ``inputs``, ``parameters``, ``seed``, code ``version``."""
-
-    activity: str
-    inputs: dict[str, str]
-    parameters: dict[str, Any]
-    seed: int | None
-    version: str
-    utc: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dictionary."""
-        return {key: _plain(value) for key, value in asdict(self).items()}

@@ -18,8 +18,8 @@ from scipy.spatial import cKDTree
 
 from stemloop.core.errors import InputError
 from stemloop.core.structure import Assignment, Columns, Grain
-from stemloop.describe.assigning.decoration import Cells, brightness, decorated, finest
-from stemloop.describe.assigning.neighbourhoods import Local, local
+from stemloop.describe.assigning.decoration import Indexing, brightness, decorated, finest
+from stemloop.describe.assigning.neighbourhoods import SmoothLattice, local
 from stemloop.describe.assigning.seeds import Seed, common_place, seed
 from stemloop.describe.assigning.symmetry import symmetric
 from stemloop.describe.assigning.walking import LEVELS, walk
@@ -74,7 +74,7 @@ class _Member(NamedTuple):
     """What is known of the columns ``which`` of one grain."""
 
     which: Integers
-    cells: Cells
+    cells: Indexing
     grain: Grain
     p_site: Floats
     ideal: Floats
@@ -116,7 +116,7 @@ def assign(columns: Columns, shape: tuple[int, int]) -> Assignment:
     field = _field(columns, shape)
     if field is None:
         return _none(len(columns))
-    owned = _owned(_lattices(field), len(columns))
+    owned = _owned(_lattices(field))
     members = [m for grown, index in owned for m in _described(field, grown, index, columns.vacant)]
     return _joined(len(columns), sorted(members, key=lambda m: -len(m.which)))
 
@@ -273,7 +273,7 @@ def _strain(grown: _Grown) -> Floats:
     return np.asarray(2 * np.log(stretch[:, 0] / stretch[:, 1]))
 
 
-def _owned(lattices: list[_Grown], n: int) -> list[tuple[_Grown, Integers]]:
+def _owned(lattices: list[_Grown]) -> list[tuple[_Grown, Integers]]:
     """Each column goes to the lattice that fits it best; lattices with the numbers of their columns, largest first."""
     lattices = sorted(lattices, key=lambda g: -int((g.site >= 0).sum()))
     while lattices:
@@ -293,7 +293,7 @@ def _owned(lattices: list[_Grown], n: int) -> list[tuple[_Grown, Integers]]:
 def _described(field: _Field, grown: _Grown, index: Integers, vacant: Floats) -> list[_Member]:
     """What is known of the columns ``index`` of a lattice: one grain, or one for each antiphase domain."""
     nearest = grown.seed.nearest
-    cells = Cells(grown.seed.vectors, grown.seed.basis, grown.cell[index], grown.site[index], grown.frame[index])
+    cells = Indexing(grown.seed.vectors, grown.seed.basis, grown.cell[index], grown.site[index], grown.frame[index])
     cells = finest(cells, nearest)
     bright = brightness(field.amplitude, field.near)[index]
     position = field.position[index]
@@ -310,7 +310,7 @@ def _described(field: _Field, grown: _Grown, index: Integers, vacant: Floats) ->
 
 
 def _member(
-    field: _Field, index: Integers, cells: Cells, bright: Floats, variance: Floats, nearest: float, vacant: Floats
+    field: _Field, index: Integers, cells: Indexing, bright: Floats, variance: Floats, nearest: float, vacant: Floats
 ) -> _Member:
     """Sites, ideal places, rim and vacancies of one grain."""
     position = field.position[index]
@@ -349,13 +349,13 @@ def _filled(frame: Floats, otherwise: Floats) -> Floats:
     return np.where(there[:, None, None], frame, otherwise)
 
 
-def _predicted(position: Floats, variance: Floats, cells: Cells) -> Floats:
+def _predicted(position: Floats, variance: Floats, cells: Indexing) -> Floats:
     """(n, 2) where the columns around expect each, all sites alike."""
     around = local(position, variance, cells, np.arange(len(position)))
     return around.at(cells.basis[cells.site])[0]
 
 
-def _ranked(cells: Cells, bright: Floats) -> Cells:
+def _ranked(cells: Indexing, bright: Floats) -> Indexing:
     """Sites in the order of their brightness, the brightest first at (0, 0) of its cell.
 
     Of sites that are alike within three deviations the one is first that leaves the others nearest to the origin.
@@ -375,7 +375,7 @@ def _ranked(cells: Cells, bright: Floats) -> Cells:
     return cells._replace(basis=basis, cell=whole, site=site)
 
 
-def _surroundings(position: Floats, variance: Floats, cells: Cells) -> Local:
+def _surroundings(position: Floats, variance: Floats, cells: Indexing) -> SmoothLattice:
     """The lattice around each column, with neighbours' variance raised to what their own misfits show.
 
     Of the straight and the bent lattice the one is taken that predicts the primary columns better.
@@ -410,7 +410,7 @@ def _excess(left: Floats, expected: Floats, share: Floats) -> float:
     return max(0.0, (ratio - 1) * float(np.median(expected[good])) / (1 + float(np.median(share[good]))))
 
 
-def _mean_places(fraction: Floats, cells: Cells) -> Floats:
+def _mean_places(fraction: Floats, cells: Indexing) -> Floats:
     """(k, 2) median fractional place of each site's columns in their local cells; the first is (0, 0)."""
     basis = cells.basis.copy()
     for s in range(1, len(basis)):
@@ -421,7 +421,7 @@ def _mean_places(fraction: Floats, cells: Cells) -> Floats:
     return basis
 
 
-def _probabilities(off: Floats, bright: Floats, cells: Cells) -> Floats:
+def _probabilities(off: Floats, bright: Floats, cells: Indexing) -> Floats:
     """(n, k) probability of each site by place and brightness: Student's t with four degrees of freedom (three
     dimensions) around each site's mean, as wide as its columns spread."""
     k, n = len(cells.basis), len(off)
@@ -443,7 +443,7 @@ def _probabilities(off: Floats, bright: Floats, cells: Cells) -> Floats:
     return np.asarray(score / score.sum(axis=1, keepdims=True))
 
 
-def _grain(position: Floats, amplitude: Floats, cells: Cells) -> Grain:
+def _grain(position: Floats, amplitude: Floats, cells: Indexing) -> Grain:
     """One lattice through all columns, least squares with Tukey's biweight; vectors with their deviations."""
     place = cells.cell + cells.basis[cells.site]
     design = np.column_stack([place, np.ones(len(place))])
@@ -466,7 +466,7 @@ def _grain(position: Floats, amplitude: Floats, cells: Cells) -> Grain:
 
 
 def _gaps(
-    field: _Field, index: Integers, cells: Cells, nearest: float, known: Floats
+    field: _Field, index: Integers, cells: Indexing, nearest: float, known: Floats
 ) -> tuple[Bools, Floats, Integers]:
     """Which columns lie at the rim, and the vacant places (m, 2) inside the grain with the site of each.
 
@@ -503,7 +503,7 @@ def _gaps(
     return rim.any(axis=1), places[vacant], kinds[vacant]
 
 
-def _doubt(field: _Field, index: Integers, cells: Cells) -> Floats:
+def _doubt(field: _Field, index: Integers, cells: Indexing) -> Floats:
     """(k,) median deviation of each site's columns, in widths of a column (1 / sqrt(counts) where there are counts)."""
     sigma = np.sqrt(field.variance[index].mean(axis=1)) / max(field.margin, 1e-9)
     kinds = range(len(cells.basis))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from stemloop.core.errors import UnknownName
 from stemloop.core.protocols import PixelSize
-from stemloop.core.structure import Assignment, Columns, Grain
+from stemloop.core.structure import Assignment, Grain
 from stemloop.describe.crystals import structures
 from stemloop.describe.zoneaxes import Candidate, projected
 
@@ -97,7 +97,6 @@ def __getattr__(name: str) -> Any:
 
 def check_pixel_size(
     assignment: Assignment,
-    columns: Columns,
     pixel_size: PixelSize,
     candidates: Sequence[str | Candidate] | None = None,
 ) -> Calibration:
@@ -111,7 +110,7 @@ def check_pixel_size(
 
     Parameters
     ----------
-    assignment, columns : of one image. pixel_size : what was stated about it.
+    assignment : of one image. pixel_size : what was stated about it.
     candidates : what the specimen may be, as materials (``"MoS2"``: any zone axis), with zone axis (``"SrTiO3[110]"``)
         or as :class:`~stemloop.describe.zoneaxes.Candidate`; None: all known materials, and only those that the stated
         size allows within 40 %. Lattices of one shape are told apart by the stated size and the brightness of their
@@ -124,7 +123,7 @@ def check_pixel_size(
     UnknownName : no such material.
     """
     searched = candidates is None
-    chosen = list(_all().values()) if candidates is None else _named(candidates)
+    chosen = list(_all().values()) if candidates is None else named(candidates)
     stated = pixel_size.value_m
     if not assignment.grains:
         return _unknown("The image shows no lattice; the size of its pixels cannot be checked.", (), ())
@@ -159,7 +158,8 @@ def _all() -> dict[str, Candidate]:
     return candidates()
 
 
-def _named(wanted: Sequence[str | Candidate]) -> list[Candidate]:
+def named(wanted: Sequence[str | Candidate]) -> list[Candidate]:
+    """The lattices of these materials (or of one zone axis); :class:`UnknownName` for a material that is not known."""
     found: list[Candidate] = []
     for one in wanted:
         if isinstance(one, Candidate):
@@ -335,7 +335,9 @@ def _one(reading: _Reading, verdict: str, pixel_size: PixelSize) -> str:
     if match.ratio is None:
         return f"{says}; nothing was stated."
     times = abs(np.log(match.ratio)) / sigma
-    message = f"{says}; {_stated(pixel_size)}, {reading.wrong}, which is {times:.1f} deviations."
+    same = round(abs(reading.off), 1) == 0
+    beside = "which is the same" if same else f"{reading.wrong}, which is {times:.1f} deviations"
+    message = f"{says}; {_stated(pixel_size)}, {beside}."
     if verdict == "unknown":
         message += (
             f" This neither confirms nor refutes it: the scan is distorted by {100 * match.distortion:.1f} %, and its "

@@ -12,7 +12,7 @@ from scipy.spatial import cKDTree
 from stemloop.core.structure import Assignment, Columns
 from stemloop.describe.ferroic.mixture import Mixture, Points, fitted, log_densities, smooth_functions
 from stemloop.describe.ferroic.surroundings import (
-    Local,
+    LocalDescriptors,
     Surroundings,
     local_descriptors,
     log_brightness,
@@ -21,7 +21,7 @@ from stemloop.describe.ferroic.surroundings import (
 )  # fmt: skip
 from stemloop.describe.ferroic.variants import smoothed
 
-__all__ = ["Local", "Phases", "local_descriptors", "phases"]
+__all__ = ["LocalDescriptors", "Phases", "local_descriptors", "phases"]
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]

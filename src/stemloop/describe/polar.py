@@ -16,7 +16,7 @@ from stemloop.core.errors import InputError
 from stemloop.core.structure import Assignment, Columns, Defect
 from stemloop.describe.ferroic import variants as directions
 from stemloop.describe.ferroic import winding
-from stemloop.describe.ferroic.cells import Cells, corners_of
+from stemloop.describe.ferroic.cells import CellTable, corners_of
 from stemloop.describe.ferroic.walls import walls_of
 
 Floats = NDArray[np.float64]
@@ -260,7 +260,7 @@ def _stacked(grids: list[_Grid], starts: Integers, steps: list[tuple[int, int]])
 
 def _of_grain(columns: Columns, assignment: Assignment, number: int, site: int) -> _Part:
     corners = corners_of(assignment.grains[number], site)
-    cells = Cells(assignment, number)
+    cells = CellTable(assignment, number)
     column = cells.own[assignment.site[cells.own] == site] if corners is not None else np.zeros(0, np.int64)
     if corners is None or len(column) == 0:
         return _Part(**_EMPTY)

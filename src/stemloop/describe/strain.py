@@ -192,7 +192,7 @@ def strain_of(
     along, across = cosine[:, None] * along + sine[:, None] * across, sine[:, None] * along + cosine[:, None] * across
     shear = (along[:, 1] + across[:, 0]) / 4
     variance = np.stack([across[:, 1], along[:, 0], shear, shear], axis=1)
-    variance += _change(columns.position, assignment, values, variance, local) * (local.offset**2).sum(axis=1)[:, None]
+    variance += _change(columns.position, assignment, values, variance) * (local.offset**2).sum(axis=1)[:, None]
     return Strain(values[:, 0], values[:, 1], values[:, 2], values[:, 3], np.sqrt(variance))
 
 
@@ -221,7 +221,7 @@ def strain_and_rotation(deformation: Floats) -> tuple[Floats, Floats]:
     return np.stack([e_xx, e_yy, e_xy, turn], axis=-1), turn
 
 
-def _change(position: Floats, assignment: Assignment, values: Floats, variance: Floats, local: LocalLattice) -> Floats:
+def _change(position: Floats, assignment: Assignment, values: Floats, variance: Floats) -> Floats:
     """(n, 4) mean square of the strain's change per pixel in each column's grain, beyond what noise makes.
 
     It is judged from columns four cells apart along either vector, which share no neighbours.

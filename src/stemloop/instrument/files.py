@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from stemloop.core.durable import sync_folder
+from stemloop.core.durable import write_whole
 from stemloop.core.errors import StorageError
 
 #: Make the data of a file durable (without its times, where the system can).
@@ -24,13 +24,7 @@ def write_all(descriptor: int, data: bytes) -> None:
 
 def write_atomically(path: Path, value: Any) -> None:
     """Replace ``path`` by ``value`` as JSON, durably and as a whole; only the owner may read it."""
-    part = path.with_name(f"{path.name}.part")
-    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    sync_folder(path.parent)
+    write_whole(path, json.dumps(value, indent=1), mode=0o600)
 
 
 class FileLock:

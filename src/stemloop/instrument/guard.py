@@ -388,11 +388,7 @@ class Guard:
         name, message = command.command_id, wire.instruction_to_message(asked)
         electrons = units.electrons(current_A(state, self.limits), self.limits.parked_max_s or 0.0)
         reserved = self.ledger.reserve(name, electrons, self.ledger.footprint(spot, self.info, state))
-        try:
-            self._spool.intent(name, message, command.fencing or 0, reserved, command.who.name)
-        except StemloopError:
-            self.ledger.settle(name, 0.0)
-            raise
+        self._intend(command, message, reserved)
         try:
             with _instrument_errors():
                 exposure = self._carry_out(command, asked)
@@ -406,6 +402,14 @@ class Guard:
             raise
         self._keep(name, message, self.ledger.settle(name), exposure=exposure)
         return exposure
+
+    def _intend(self, command: Command, message: dict[str, Any], reserved: int) -> None:
+        """Make it durable that an exposure is about to begin, or give back the dose that was reserved for it."""
+        try:
+            self._spool.intent(command.command_id, message, command.fencing or 0, reserved, command.who.name)
+        except StemloopError:
+            self.ledger.settle(command.command_id, 0.0)
+            raise
 
     def _recall(self, instruction: dict[str, Any], settled: int, exposed: int | None, state: dict[str, Any]) -> None:
         """Put an exposure from before a restart back on the map of doses."""
@@ -422,11 +426,7 @@ class Guard:
         name, message = command.command_id, wire.instruction_to_message(asked)
         where = self.ledger.footprint(asked, self.info, state)
         reserved = self.ledger.reserve(name, electrons * asked.exposed_positions, where)
-        try:
-            self._spool.intent(name, message, command.fencing or 0, reserved, command.who.name)
-        except StemloopError:
-            self.ledger.settle(name, 0.0)
-            raise
+        self._intend(command, message, reserved)
         try:
             with _instrument_errors(), self._beam(name):
                 exposure = self._carry_out(command, asked)

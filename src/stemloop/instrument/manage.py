@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import os
 from contextlib import suppress
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from fastapi import WebSocket, WebSocketDisconnect
 
 from stemloop.core.errors import InputError, LeaseError, StemloopError
+from stemloop.core.plain import jsonable
 from stemloop.instrument import wire
 from stemloop.instrument.station import Station
 from stemloop.instrument.tokens import Identity
@@ -25,18 +25,6 @@ from stemloop.instrument.tokens import Identity
 HELLO_S = 10.0
 MESSAGE_BYTES = 4096
 HZ_RANGE = (1.0, 10.0)
-
-
-def jsonable(value: Any) -> Any:
-    """``value`` as plain JSON: arrays as lists, numbers that JSON does not have as null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(item) for item in value]
-    plain = wire.plain(value)
-    return plain if plain is value else jsonable(plain)
 
 
 class Manager:

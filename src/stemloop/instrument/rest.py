@@ -29,9 +29,10 @@ from stemloop.core.errors import (
     UnknownName,
 )
 from stemloop.core.instruction import KINDS
+from stemloop.core.plain import jsonable
 from stemloop.core.schema import json_schema
 from stemloop.instrument.control import Conversation
-from stemloop.instrument.manage import Manager, jsonable
+from stemloop.instrument.manage import Manager
 from stemloop.instrument.station import PLAN_MAX, Station
 from stemloop.instrument.tokens import LIFE_MAX_S, NAME_PATTERN, Entry, Identity, TokenFile
 

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stemloop.core.errors import InputError, NotAuthorised, StorageError, UnknownName
+from stemloop.core.errors import InputError, NotAuthorised, UnknownName
 from stemloop.core.instruction import KINDS
 from stemloop.instrument.files import FileLock, write_atomically
 
@@ -324,7 +324,4 @@ class Tokens:
 
 def secret_file(path: Path, values: Mapping[str, str]) -> None:
     """Write secrets for programs of the same user on the same machine (mode 0600)."""
-    try:
-        write_atomically(path, dict(values))
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}. Choose a writable directory.") from None
+    write_atomically(path, dict(values))

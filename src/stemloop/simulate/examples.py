@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stemloop.core.durable import writing
 from stemloop.core.structure import PHASES
 from stemloop.core.units import ANGSTROM_M, wavelength_m
 from stemloop.simulate.crystals import crystal
@@ -228,8 +229,7 @@ def write(
     for done, (_, material, number) in enumerate(turns):
         path = folder / f"{material}-{seed}-{number:05d}.npz"
         if not path.exists():
-            scratch = path.with_suffix(".part")
-            with scratch.open("wb") as file:
-                np.savez(file, **examples(material, number, seed, ranges, positions))  # type: ignore[arg-type]
-            scratch.replace(path)
+            made = examples(material, number, seed, ranges, positions)
+            with writing(path) as file:
+                np.savez(file, **made)  # type: ignore[arg-type]
         yield done + 1, len(turns)

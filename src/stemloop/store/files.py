@@ -29,7 +29,7 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from stemloop.core.durable import sync_folder
+from stemloop.core.durable import replacing
 from stemloop.core.errors import InputError, IntegrityError, StorageError, UnreadableFile
 from stemloop.core.protocols import Batch, Encoded
 from stemloop.core.signal import Axis, Signal
@@ -126,9 +126,8 @@ def seal_in_child(
     """Seal with ``function`` (``module:name``), called in a child process as :func:`write` is; see :func:`seal`."""
     target = Path(path)
     writable(target, overwrite, told.profile)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        with sandbox.scratch() as folder:
+        with replacing(target) as part, sandbox.scratch() as folder:
             streams = sandbox.call(
                 function,
                 {"path": str(part.absolute()), **arguments},
@@ -138,8 +137,6 @@ def seal_in_child(
                 feed=_feed(told, blocks),
                 grow=True,
             )
-        os.replace(part, target)
-        sync_folder(target.absolute().parent)
     except sandbox.ChildDied as death:
         if death.why.startswith(("ValueError", "TypeError", "KeyError")):
             raise InputError(f"{target} was not sealed: {death.why}.") from None
@@ -148,10 +145,6 @@ def seal_in_child(
             f"cannot write {target}: {death.why[:160]}. {free / 1e6:.0f} MB are free there; "
             "the landing log is untouched: make room and seal again."
         ) from None
-    except OSError as error:
-        raise StorageError(f"cannot write {target}: {error.strerror}. Choose another folder, or make room.") from None
-    finally:
-        part.unlink(missing_ok=True)
     return {"path": str(target), "bytes": target.stat().st_size, "streams": streams}
 
 
@@ -286,7 +279,7 @@ def writable(target: Path, overwrite: bool, profile: str = "portable") -> None:
     if not folder.is_dir():
         raise StorageError(f"there is no folder {folder}; make it first.")
     if target.exists() and not overwrite:
-        raise InputError(f"{target} is there already; choose another name, or overwrite=True.")
+        raise InputError(f"{target} is there already; choose another name, or overwrite it (--overwrite).")
     probe = folder / f".{target.name}.{os.getpid()}.probe"
     try:
         probe.touch()

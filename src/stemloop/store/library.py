@@ -1,23 +1,18 @@
 """A library of structural elements: every one with its fingerprint, and "where else have I seen this?".
 
-One SQLite file [1]_ in write-ahead mode with every commit flushed: what :meth:`Library.add` has returned for survives
-the death of the process and a power cut; what it had not is there as a whole or not at all. Any number of processes
-may read while one writes. The index of nearest neighbours lies beside it (``NAME.index``), is checked, and is made
-from the entries whenever it is missing or damaged: it can be deleted at any time.
-
-.. [1] https://www.sqlite.org/wal.html
+One SQLite file with every commit flushed (:mod:`stemloop.store.shelf`): what :meth:`Library.add` has returned for
+survives the death of the process and a power cut; what it had not is there as a whole or not at all. Any number of
+processes may read while one writes. The index of nearest neighbours (:mod:`stemloop.store.nearby`) lies beside it
+(``NAME.index``), is checked, and is made from the entries whenever it is missing or damaged: it can be deleted at any
+time.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import sqlite3
-import threading
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -27,36 +22,18 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from stemloop.core.durable import sync_folder
-from stemloop.core.errors import InputError, IntegrityError, StemloopError, StorageError, UnreadableFile
-from stemloop.store import neighbours
+from stemloop.core.errors import InputError, IntegrityError, UnreadableFile
 from stemloop.store.entries import Element, Entry, Row, flaw_of, row_of
+from stemloop.store.nearby import Nearby
+from stemloop.store.shelf import Shelf, sound
 
 __all__ = ["Element", "Entry", "Library", "Match", "Sighting", "same", "sha256_of"]
 
-_FORMAT = "stemloop library 1"
-_WAIT_S = 60.0
-_SCHEMA = """
-CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE sources (id INTEGER PRIMARY KEY, sha256 TEXT UNIQUE NOT NULL, name TEXT NOT NULL);
-CREATE TABLE entries (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, digest BLOB UNIQUE NOT NULL, source INTEGER NOT NULL REFERENCES sources,
-    frame INTEGER NOT NULL, y REAL NOT NULL, x REAL NOT NULL, kind TEXT NOT NULL, phase TEXT NOT NULL, p REAL NOT NULL,
-    scatter REAL NOT NULL, pixel_size_m REAL, detail TEXT NOT NULL, added REAL NOT NULL, vector BLOB NOT NULL);
-CREATE TABLE patches (id INTEGER PRIMARY KEY REFERENCES entries, rows INTEGER NOT NULL, picture BLOB NOT NULL);
-CREATE INDEX entries_kind ON entries (kind);
-"""
 _FIELDS = (
     "e.id, s.name, s.sha256, e.frame, e.y, e.x, e.kind, e.phase, e.p, e.scatter, e.pixel_size_m, e.detail, e.added"
 )
-#: New vectors are compared one by one until there are more than this, and a tenth of the indexed ones.
-_LOOSE = 20_000
 #: Equal surroundings differ in about so many directions only (tr(C)^2 / tr(C^2) of their covariance C is 5 to 16).
 _FREEDOM = 8
-#: Numbers that a fingerprint may have.
-_LARGEST = 4096
-#: So many entries of an index are compared with the library when it is read.
-_COMPARED = 64
 
 
 @dataclass(frozen=True)
@@ -115,56 +92,10 @@ class Library:
         self, path: str | os.PathLike[str], *, dimension: int = 48, scale: str = "spacing", version: int = 1
     ) -> None:
         self.path = Path(path)
-        if not self.path.parent.is_dir():
-            raise StorageError(f"there is no folder {self.path.parent} for the library {self.path.name}.")
-        self._alone = threading.RLock()  # threads share the connection, and must not see each other's half of a writing
-        with _translated(self.path):
-            self._base = sqlite3.connect(self.path, timeout=_WAIT_S, isolation_level=None, check_same_thread=False)
-        try:
-            with _translated(self.path):
-                self._base.execute("PRAGMA journal_mode=WAL")
-                self._base.execute("PRAGMA synchronous=FULL")
-                self._open(dimension, scale, version)
-        except BaseException:
-            self._base.close()
-            raise
-        self._index: neighbours.Index | None = None
-        self._loose = _Loose.empty(self.dimension)
-
-    def _open(self, dimension: int, scale: str, version: int) -> None:
-        if self._is_empty():  # only then a lock is taken: readers of a known library wait for nobody
-            with self._writing():
-                if self._is_empty():
-                    for statement in _SCHEMA.split(";"):
-                        self._base.execute(statement)
-                    about = {"format": _FORMAT, "name": uuid.uuid4().hex, "dimension": str(dimension), "scale": scale}
-                    about["version"] = str(version)
-                    self._base.executemany("INSERT INTO about VALUES (?, ?)", about.items())
-            sync_folder(self.path.parent)
-        about = dict(self._base.execute("SELECT name, value FROM about")) if self._is_known() else {}
-        if about.get("format") != _FORMAT or not {"name", "dimension", "scale", "version"} <= set(about):
-            raise UnreadableFile(f"{self.path} is an SQLite file, but not a library of structural elements.")
-        if about["version"] != str(version):
-            raise InputError(
-                f"{self.path} holds fingerprints of version {about['version']}, which cannot be compared with those of "
-                f"version {version}. Make it anew from the images."
-            )
-        if not about["dimension"].isdecimal() or not 1 <= int(about["dimension"][:9]) <= _LARGEST:
-            raise UnreadableFile(
-                f"{self.path} is of {about['dimension'][:40]} dimensions; a library has 1 to {_LARGEST}."
-            )
-        self.name, self.dimension, self.scale = about["name"], int(about["dimension"]), about["scale"]
-        self.version = version
-
-    def _is_empty(self) -> bool:
-        return not self._base.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-
-    def _is_known(self) -> bool:
-        """Whether the tables are ours: a stranger's file may hold views that never end, and triggers."""
-        found = self._base.execute(
-            "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND (type != 'table' OR name NOT LIKE 'sqlite%')"
-        )
-        return {sql for (sql,) in found} == {words.strip() for words in _SCHEMA.split(";") if words.strip()}
+        self._shelf = Shelf(self.path, dimension, scale, version)
+        self.name, self.dimension = self._shelf.name, self._shelf.dimension
+        self.scale, self.version = self._shelf.scale, self._shelf.version
+        self._nearby = Nearby(self._shelf, self.index_path)
 
     def __enter__(self) -> Library:
         return self
@@ -174,27 +105,10 @@ class Library:
 
     def close(self) -> None:
         """Let go of the file."""
-        self._base.close()
+        self._shelf.close()
 
     def __len__(self) -> int:
-        return int(self._ask("SELECT count(*) FROM entries")[0][0])
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """All or nothing, and on the disk when it ends."""
-        with self._alone:
-            self._base.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._base.execute("COMMIT")
-            except BaseException:
-                with contextlib.suppress(sqlite3.Error):
-                    self._base.execute("ROLLBACK")
-                raise
-
-    def _ask(self, words: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        with _translated(self.path), self._alone:
-            return self._base.execute(words, values).fetchall()
+        return int(self._shelf.ask("SELECT count(*) FROM entries")[0][0])
 
     # ------------------------------------------------------------------------------------------------ what is kept
 
@@ -208,23 +122,23 @@ class Library:
         source, source_sha256 : name and SHA-256 (hexadecimal) of the file: :func:`sha256_of`.
         """
         rows = [row_of(element, source_sha256, self.dimension) for element in elements]
-        with _translated(self.path), self._writing():
+        with self._shelf.writing():
             return self._insert(rows, source, source_sha256)
 
     def _insert(self, rows: Iterable[Row], source: str, sha256: str) -> int:
         name = source.encode(errors="replace").decode()
-        self._base.execute("INSERT OR IGNORE INTO sources (sha256, name) VALUES (?, ?)", (sha256, name))
-        (number,) = self._base.execute("SELECT id FROM sources WHERE sha256 = ?", (sha256,)).fetchone()
+        self._shelf.execute("INSERT OR IGNORE INTO sources (sha256, name) VALUES (?, ?)", (sha256, name))
+        (number,) = self._shelf.execute("SELECT id FROM sources WHERE sha256 = ?", (sha256,)).fetchone()
         new = 0
         for (known, *facts), picture in rows:
-            made = self._base.execute(
+            made = self._shelf.execute(
                 "INSERT INTO entries (digest, source, frame, y, x, kind, phase, p, scatter, pixel_size_m, detail,"
                 " added, vector) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (digest) DO NOTHING",
                 (known, number, *facts),
             )
             new += made.rowcount
             if made.rowcount and picture is not None:
-                self._base.execute("INSERT INTO patches VALUES (?, ?, ?)", (made.lastrowid, *picture))
+                self._shelf.execute("INSERT INTO patches VALUES (?, ?, ?)", (made.lastrowid, *picture))
         return new
 
     def merge(self, other: Library | str | os.PathLike[str], batch: int = 10_000) -> int:
@@ -246,7 +160,7 @@ class Library:
             )
         new, flaws = 0, []
         for part in other._rows(batch):
-            with _translated(self.path), self._writing():
+            with self._shelf.writing():
                 for (sha256, name), together in groupby(part, key=lambda row: row[:2]):
                     good = []
                     for _, _, row, picture in together:
@@ -266,7 +180,7 @@ class Library:
     def _rows(self, batch: int) -> Iterator[list[tuple[str, str, tuple[Any, ...], tuple[int, bytes] | None]]]:
         """(SHA-256 and name of the source, row, picture) of all entries in the order they came, ``batch`` at a time."""
         last = 0
-        while found := self._ask(
+        while found := self._shelf.ask(
             "SELECT e.id, s.sha256, s.name, p.rows, p.picture, e.digest, e.frame, e.y, e.x, e.kind, e.phase, e.p,"
             " e.scatter, e.pixel_size_m, e.detail, e.added, e.vector FROM entries e JOIN sources s ON s.id = e.source"
             " LEFT JOIN patches p ON p.id = e.id WHERE e.id > ? ORDER BY e.id LIMIT ?",
@@ -276,6 +190,11 @@ class Library:
             yield [(row[1], row[2], row[5:], None if row[3] is None else row[3:5]) for row in found]
 
     # ---------------------------------------------------------------------------------------------- what it answers
+
+    @property
+    def index_path(self) -> Path:
+        """The file beside the library that makes searches fast; it may be deleted."""
+        return self.path.with_name(self.path.name + ".index")
 
     def search(
         self,
@@ -313,18 +232,9 @@ class Library:
             )
         without = -1
         if without_source is not None:
-            found = self._ask("SELECT id FROM sources WHERE sha256 = ?", (without_source,))
+            found = self._shelf.ask("SELECT id FROM sources WHERE sha256 = ?", (without_source,))
             without = found[0][0] if found else -1
-        index, loose = self._fresh()
-        k = max(1, min(int(k), len(index) + len(loose.entry)))
-        entry, square = index.search(query, k, None if exact else neighbours.PROBES, without)
-        if len(loose.entry):
-            first, stop = np.zeros(1, np.int64), np.array([len(loose.entry)])
-            more, row = neighbours.nearest(query, loose.vectors, loose.source, first, stop, k, without)
-            entry, square = np.concatenate([entry, loose.entry[row]]), np.concatenate([square, more])
-            order = np.argsort(square, kind="stable")[:k]
-            entry, square = entry[order], square[order]
-        return entry, np.sqrt(square.astype(np.float64))
+        return self._nearby.nearest(query, int(k), exact, without)
 
     def seen(
         self,
@@ -355,10 +265,10 @@ class Library:
         for part in np.array_split(numbers, max(1, -(-len(numbers) // 500))):
             marks = ",".join("?" * len(part))
             words = f"SELECT {_FIELDS} FROM entries e JOIN sources s ON s.id = e.source WHERE e.id IN ({marks})"
-            for i, name, sha256, frame, y, x, kind, phase, p, spread, size, detail, added in self._ask(
+            for i, name, sha256, frame, y, x, kind, phase, p, spread, size, detail, added in self._shelf.ask(
                 words, [int(n) for n in part]
             ):
-                with _sound(self.path):
+                with sound(self.path):
                     y, x, p, spread, added = map(float, (y, x, p, spread, added))  # noqa: PLW2901
                     known[i] = Entry(
                         i, name, sha256, frame, (y, x), kind, phase, p, spread, size, json.loads(detail), added
@@ -367,16 +277,16 @@ class Library:
 
     def vector(self, number: int) -> NDArray[np.float32]:
         """The fingerprint of an entry."""
-        found = self._ask("SELECT vector FROM entries WHERE id = ?", (int(number),))
+        found = self._shelf.ask("SELECT vector FROM entries WHERE id = ?", (int(number),))
         if not found:
             raise InputError(f"{self.path} has no entry {number}.")
-        with _sound(self.path):
+        with sound(self.path):
             return np.frombuffer(found[0][0], "<f4").astype(np.float32)
 
     def patch(self, number: int) -> NDArray[np.uint8] | None:
         """The picture of an entry in 256 grey levels, or None if it was kept without one."""
-        found = self._ask("SELECT rows, picture FROM patches WHERE id = ?", (int(number),))
-        with _sound(self.path):
+        found = self._shelf.ask("SELECT rows, picture FROM patches WHERE id = ?", (int(number),))
+        with sound(self.path):
             return np.frombuffer(found[0][1], np.uint8).reshape(found[0][0], -1) if found else None
 
     @property
@@ -388,9 +298,9 @@ class Library:
         """What the library holds, in plain numbers: entries, by kind and phase, sources, dimension, scale, bytes."""
         return {
             "entries": len(self),
-            "kinds": dict(self._ask("SELECT kind, count(*) FROM entries GROUP BY kind ORDER BY 2 DESC")),
-            "phases": dict(self._ask("SELECT phase, count(*) FROM entries GROUP BY phase ORDER BY 2 DESC")),
-            "sources": self._ask("SELECT count(*) FROM sources")[0][0],
+            "kinds": dict(self._shelf.ask("SELECT kind, count(*) FROM entries GROUP BY kind ORDER BY 2 DESC")),
+            "phases": dict(self._shelf.ask("SELECT phase, count(*) FROM entries GROUP BY phase ORDER BY 2 DESC")),
+            "sources": self._shelf.ask("SELECT count(*) FROM sources")[0][0],
             "dimension": self.dimension,
             "scale": self.scale,
             "bytes": sum(path.stat().st_size for path in (self.path, self._log) if path.exists()),
@@ -399,7 +309,7 @@ class Library:
     def verify(self) -> int:
         """Compare every entry with its digest and every page of the file with SQLite's rules; return how many entries
         there are. IntegrityError names the first that is not what was added."""
-        (verdict,) = self._ask("PRAGMA quick_check(1)")[0]
+        (verdict,) = self._shelf.ask("PRAGMA quick_check(1)")[0]
         if verdict != "ok":
             raise IntegrityError(f"{self.path} is damaged: {verdict}. Merge what is left into a new library.")
         count = 0
@@ -411,87 +321,6 @@ class Library:
         if count != len(self):
             raise IntegrityError(f"{self.path}: {len(self) - count} entries are of no source.")
         return count
-
-    # ------------------------------------------------------------------------------------------------------ index
-
-    @property
-    def index_path(self) -> Path:
-        """The file beside the library that makes searches fast; it may be deleted."""
-        return self.path.with_name(self.path.name + ".index")
-
-    def _fresh(self) -> tuple[neighbours.Index, _Loose]:
-        """The index, and the entries that are newer than it."""
-        with self._alone:
-            return self._renewed()
-
-    def _renewed(self) -> tuple[neighbours.Index, _Loose]:
-        if self._index is None:
-            self._index = neighbours.load(self.index_path, self.name)
-            if self._index is None or not self._is_of(self._index):
-                self._index = neighbours.build(*self._vectors(0))
-                self._keep()
-            self._loose = _Loose.empty(self.dimension)
-        last = max((int(a.max()) for a in (self._index.entry, self._loose.entry) if len(a)), default=0)
-        if (self._ask("SELECT max(id) FROM entries")[0][0] or 0) > last:
-            self._loose = self._loose.with_more(*self._vectors(last))
-        if len(self._loose.entry) > _LOOSE + len(self._index) // 10:
-            self._index = neighbours.extended(self._index, self._loose.entry, self._loose.source, self._loose.vectors)
-            self._loose = _Loose.empty(self.dimension)
-            self._keep()
-        return self._index, self._loose
-
-    def _is_of(self, index: neighbours.Index) -> bool:
-        """Whether the index is of the entries that are here, and not of those before an older file was put back."""
-        count = self._ask("SELECT count(*) FROM entries WHERE id <= ?", (int(index.entry.max(initial=0)),))[0][0]
-        if index.vectors.shape != (count, self.dimension):
-            return False
-        for i in np.unique(np.linspace(0, count - 1, min(count, _COMPARED)).astype(int)):
-            found = self._ask("SELECT source, vector FROM entries WHERE id = ?", (int(index.entry[i]),))
-            if found != [(int(index.source[i]), index.vectors[i].astype("<f4").tobytes())]:
-                return False
-        return True
-
-    def _keep(self) -> None:
-        """Small ones are made again faster than they are read; where nothing may be written, it stays in memory."""
-        if self._index is not None and len(self._index) > _LOOSE:
-            with contextlib.suppress(OSError):
-                neighbours.save(self._index, self.index_path, self.name)
-
-    def _vectors(self, after: int) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
-        """Numbers, sources and fingerprints of the entries after number ``after``."""
-        names, sources, vectors = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)], [np.zeros(0, "<f4")]
-        with _translated(self.path), self._alone, _sound(self.path):
-            found = self._base.execute("SELECT id, source, vector FROM entries WHERE id > ? ORDER BY id", (after,))
-            while rows := found.fetchmany(50_000):
-                if {len(row[2]) for row in rows} != {4 * self.dimension}:
-                    raise ValueError("a fingerprint of another length")
-                names.append(np.array([row[0] for row in rows], np.int64))
-                sources.append(np.array([row[1] for row in rows], np.int32))
-                vectors.append(np.frombuffer(b"".join(row[2] for row in rows), "<f4"))
-        together = np.concatenate(vectors).astype(np.float32, copy=False)
-        if not np.isfinite(together).all():
-            raise _damaged(self.path)
-        return np.concatenate(names), np.concatenate(sources), together.reshape(-1, self.dimension)
-
-
-@dataclass(frozen=True)
-class _Loose:
-    """Entries that are not in the index yet."""
-
-    entry: NDArray[np.int64]
-    source: NDArray[np.int32]
-    vectors: NDArray[np.float32]
-
-    @classmethod
-    def empty(cls, dimension: int) -> _Loose:
-        return cls(np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros((0, dimension), np.float32))
-
-    def with_more(self, entry: NDArray[np.int64], source: NDArray[np.int32], vectors: NDArray[np.float32]) -> _Loose:
-        return _Loose(
-            np.concatenate([self.entry, entry]),
-            np.concatenate([self.source, source]),
-            np.concatenate([self.vectors, vectors]),
-        )
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -515,35 +344,3 @@ def same(distance: float, scatter: float, other_scatter: float, dimension: int) 
 
 def _match(entry: Entry, distance: float, scatter: float, dimension: int) -> Match:
     return Match(entry, distance, same(distance, scatter, entry.scatter, dimension))
-
-
-@contextlib.contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    """SQLite's errors in words that say what to do."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        raise _storage(path, str(error)) from None
-    except sqlite3.DatabaseError as error:
-        raise UnreadableFile(f"{path} is not a library, or is damaged ({error}).") from None
-
-
-@contextlib.contextmanager
-def _sound(path: Path) -> Iterator[None]:
-    """Entries that no library wrote, in words that say what to do."""
-    try:
-        yield
-    except (ValueError, TypeError, OverflowError, RecursionError):
-        raise _damaged(path) from None
-
-
-def _damaged(path: Path) -> IntegrityError:
-    return IntegrityError(f"{path} holds damaged entries: verify it, or merge what is whole into a new library.")
-
-
-def _storage(path: Path, words: str) -> StemloopError:
-    if "decode" in words:
-        return _damaged(path)
-    if "locked" in words:
-        return StorageError(f"{path} is being written by another process for {_WAIT_S:g} s; try again.")
-    return StorageError(f"{path}: {words}; is the disk full, or the folder not writable?")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from stemloop.core.durable import sync_folder
+from stemloop.core.durable import writing
 
 _MAGIC = b"SLNEAR01"
 _HEAD = struct.Struct("<8sII")
@@ -186,18 +185,10 @@ def save(index: Index, path: Path, library: str) -> None:
     head = json.dumps({"library": library, "trained": index.trained, "bytes": place, "crc": crc, "parts": table})
     words = head.encode()
     words += b" " * (-(len(words) + _HEAD.size) % 64)  # so that the numbers lie even
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        with open(new, "wb") as file:
-            file.write(_HEAD.pack(_MAGIC, len(words), google_crc32c.value(words)) + words)
-            for part in parts.values():
-                file.write(part.data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    with writing(path) as file:
+        file.write(_HEAD.pack(_MAGIC, len(words), google_crc32c.value(words)) + words)
+        for part in parts.values():
+            file.write(part.data)
 
 
 def load(path: Path, library: str) -> Index | None:

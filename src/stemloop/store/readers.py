@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stemloop.core.errors import StemloopError, UnreadableFile
+from stemloop.core.plain import jsonable
 from stemloop.core.signal import Axis, Signal
 from stemloop.store import blockfile, guard, sandbox
 
@@ -149,17 +150,6 @@ def load(path: str, folder: Path) -> list[dict[str, Any]]:
         axes = [{**vars(axis)} for axis in signal.axes]
         described.append({"axes": axes, "metadata": {**jsonable(signal.metadata), "file": os.path.basename(path)}})
     return described
-
-
-def jsonable(value: Any) -> Any:
-    """``value`` as JSON can say it."""
-    if isinstance(value, dict):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(item) for item in value]
-    if isinstance(value, (np.generic, np.ndarray)):
-        return value.tolist()
-    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
 
 
 def signals(path: str, lazy: bool = False) -> list[Signal]:

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from stemloop.core.durable import sync_folder
 from stemloop.core.errors import InputError, IntegrityError, MissingExtra, NotAuthorised, StorageError, from_code
 
 CHUNK_BYTES = 8 << 20
@@ -229,7 +230,7 @@ class Folder:
             if not wrong:
                 os.replace(part, whole)
                 for folder in dict.fromkeys((whole.parent, *_between(self.folder, whole.parent))):
-                    _sync(folder)
+                    sync_folder(folder)
             return wrong
 
 
@@ -261,14 +262,6 @@ def _wrong(path: Path, manifest: Manifest) -> list[int]:
             if digest.hexdigest() != wanted:
                 found.append(index)
     return found
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # ------------------------------------------------------------------------------------------------------- a bucket

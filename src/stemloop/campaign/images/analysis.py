@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from stemloop.campaign.images.one_image import FINDERS, Understood, Wanted, unde
 from stemloop.campaign.images.overlay import Overlay, overlay
 from stemloop.campaign.images.remembering import Remembered
 from stemloop.campaign.images.showing import Fringes, fringes, without_noise
+from stemloop.core.durable import write_whole, writing
 from stemloop.core.errors import InputError, StemloopError, StorageError, from_code
 from stemloop.core.protocols import PixelSize
 from stemloop.reduce.denoise import METHODS
@@ -97,7 +99,7 @@ class Analysis:
 
     def to_ase(self) -> Any:
         """The columns of ``image`` as flat ``ase.Atoms`` [angstrom]."""
-        return tables.to_ase(self.found, self.pixel_size.value_m, _symbols(self.found))
+        return tables.to_ase(self.found, self.pixel_size.value_m)
 
     def sentences(self) -> list[tuple[str, str]]:
         """(about what, sentence): the result in a few lines."""
@@ -183,6 +185,7 @@ def analyze(
         raise InputError(f"a pixel of {pixel_size_nm} nm is none; give its size in nanometres, such as 0.015.")
     if workers is not None and workers < 1:
         raise InputError(f"{workers} workers do nothing; give at least 1.")
+    _look_at_options(material, map_file, library, frame_time_s, memory_MB)
     kept = tempfile.TemporaryDirectory(prefix="stemloop-") if out is None else None
     folder = Path(kept.name if kept is not None else out)  # type: ignore[arg-type]
     path, name, sha256 = _source(source, folder)
@@ -229,6 +232,24 @@ def analyze(
 # ----------------------------------------------------------------------------------------------------- the beginning
 
 
+def _look_at_options(
+    material: str | None, map_file: Any, library: Any, frame_time_s: float | None, memory_MB: float
+) -> None:
+    """Say what is wrong with the words before hours are spent."""
+    from stemloop.describe import materials
+    from stemloop.store import readers, shelf
+
+    for what, value in (("the time from frame to frame [s]", frame_time_s), ("the memory [MB]", memory_MB)):
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"{what} must be a finite number above zero; got {value:g}.")
+    if material is not None:
+        materials.named([material])
+    if map_file is not None:
+        readers.look(Path(map_file))
+    if library is not None:
+        shelf.look(Path(library))
+
+
 def _source(source: Any, folder: Path) -> tuple[Path, str, str]:
     """(file, its name, its SHA-256); an array becomes a file in ``folder``."""
     if isinstance(source, (str, os.PathLike)):
@@ -250,10 +271,8 @@ def _source(source: Any, folder: Path) -> tuple[Path, str, str]:
     path = folder / "source.npy"
     digest = hashlib.sha256(f"{data.shape} {data.dtype.str}".encode())
     digest.update(data.data)
-    draft = folder / ".source.npy.part"
-    with open(draft, "wb") as out:
+    with writing(path) as out:
         np.save(out, data, allow_pickle=False)
-    os.replace(draft, path)
     return path, "array", digest.hexdigest()
 
 
@@ -275,7 +294,7 @@ def _begin(folder: Path, key: dict[str, Any], overwrite: bool) -> None:
                 "choose another folder with --out, or give --overwrite to begin again."
             )
         _clear(folder)
-    packed.write_bytes(path, text)
+    write_whole(path, text)
 
 
 def _clear(folder: Path) -> None:
@@ -342,7 +361,7 @@ class _Run:
                 said = str(error)
             except (ArithmeticError, LookupError, ValueError, TypeError) as error:
                 said = f"this step failed ({type(error).__name__}: {' '.join(str(error).split())[:160]})."
-            packed.write_bytes(reason, said.encode())
+            write_whole(reason, said)
         self.left_out.append((name.replace("_", " "), reason.read_text(encoding="utf-8")))
         return None
 
@@ -526,10 +545,6 @@ def covered(image: NDArray[Any], weight: NDArray[Any]) -> tuple[NDArray[np.float
 # -------------------------------------------------------------------------------------------------------- the end
 
 
-def _symbols(found: Understood) -> tuple[str, ...]:
-    return ()
-
-
 def _finish(analysis: Analysis, sha256: str, parameters: dict[str, Any], tell: Progress) -> None:
     """Write the tables, the summary and the page."""
     from stemloop.campaign.images.report import write_report
@@ -545,11 +560,11 @@ def _finish(analysis: Analysis, sha256: str, parameters: dict[str, Any], tell: P
         parts = (_of_frame(analysis, k, pixel_m) for k in numbers)
         written = tables.write(folder, "columns", parts, total)
         written += tables.write(folder, "average", [analysis.columns], len(analysis.found.columns))
-    written += tables.export(folder, analysis.found, pixel_m, _symbols(analysis.found))
+    written += tables.export(folder, analysis.found, pixel_m)
     written += tables.export_atomai(folder, ((k, found.columns) for k, found in analysis.frames()))
     tell("writing", 1, 3)
     analysis.summary = summarise(analysis, sha256, parameters, sorted([*written, "report.html", "summary.json"]))
-    packed.write_bytes(folder / "summary.json", (json.dumps(analysis.summary, indent=1) + "\n").encode())
+    write_whole(folder / "summary.json", json.dumps(analysis.summary, indent=1) + "\n")
     tell("writing", 2, 3)
     write_report(analysis)
     tell("writing", 3, 3)

@@ -18,6 +18,9 @@ from stemloop.describe.fingerprints import fingerprints, patches, scatters, unit
 from stemloop.store.library import Element
 from stemloop.store.readers import read
 
+#: An image with fewer has no surroundings to speak of.
+LEAST_COLUMNS = 12
+
 
 def images_of(path: str | os.PathLike[str]) -> Iterator[tuple[NDArray[Any], float | None]]:
     """The images of a file in order, those of stacks frame by frame, and their pixel size [m] where it is known.
@@ -57,7 +60,7 @@ def elements_of(image: NDArray[Any], frame: int = 0, pixel_size_m: float | None 
     measured in the lattice's own spacing. An image with fewer than a dozen columns has none.
     """
     columns = find_columns(image)
-    if len(columns) < 12:
+    if len(columns) < LEAST_COLUMNS:
         return []
     places = np.concatenate([columns.position, columns.vacant])
     group = np.append(columns.sublattice, np.full(len(columns.vacant), -1))
@@ -69,6 +72,11 @@ def element_at(image: NDArray[Any], place: tuple[float, float]) -> Element:
     """Whatever is at ``place`` (row, col) [px]; the middle is the column or vacant place within a quarter of a spacing,
     if there is one. InputError where the surroundings leave the image."""
     columns = find_columns(image)
+    if len(columns) < LEAST_COLUMNS:
+        raise InputError(
+            f"{len(columns)} columns were found in the image: too few to compare what surrounds a place; choose "
+            "another image, or look at this one with stemloop analyze."
+        )
     known = np.concatenate([columns.position, columns.vacant])
     away = np.hypot(*(known - np.array(place)).T)
     if len(known) and away.min() < 0.25 * unit_px(columns):

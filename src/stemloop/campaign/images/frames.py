@@ -26,6 +26,7 @@ from pathlib import Path
 import stemloop
 from stemloop.campaign.images import packed
 from stemloop.campaign.images.one_image import Understood, Wanted, understand
+from stemloop.core.durable import write_whole
 from stemloop.core.errors import InputError, IntegrityError, MissingExtra, StemloopError, from_code
 from stemloop.core.protocols import PixelSize
 from stemloop.store.stack import Stack, open_stack
@@ -52,7 +53,7 @@ class Job:
     def write(self, folder: Path) -> None:
         """Leave it in ``folder`` for others."""
         (folder / "frames").mkdir(parents=True, exist_ok=True)
-        packed.write_bytes(folder / "job.json", (json.dumps(asdict(self), indent=1) + "\n").encode())
+        write_whole(folder / "job.json", json.dumps(asdict(self), indent=1) + "\n")
 
 
 @functools.lru_cache(maxsize=4)
@@ -118,7 +119,7 @@ def bad(folder: Path, k: int) -> dict[str, str] | None:
 
 def give_up(folder: Path, k: int, code: str, message: str) -> None:
     """Note why frame ``k`` has no result."""
-    packed.write_bytes(_reason_of(folder, k), (json.dumps({"code": code, "message": message}) + "\n").encode())
+    write_whole(_reason_of(folder, k), json.dumps({"code": code, "message": message}) + "\n")
 
 
 def analyse(folder: Path, k: int) -> None:
@@ -340,7 +341,7 @@ def on_slurm(
     if shutil.which("sbatch") is None:
         raise InputError("there is no Slurm here (no sbatch); use --executor local or dask.")
     script = folder / "slurm.sh"
-    packed.write_bytes(script, array_script(folder, min(workers, len(numbers)), count, options).encode())
+    write_whole(script, array_script(folder, min(workers, len(numbers)), count, options))
     sent = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
     if sent.returncode:
         raise InputError(f"Slurm refused the job: {' '.join(sent.stderr.split())[:200]}")

@@ -116,7 +116,7 @@ def understand(
     grains = assignment if assignment is not None and assignment.grains else None
     if assignment is not None and grains is None:
         notes.append("the columns form no lattice; strain, phases and defects of a lattice are not looked for.")
-    calibration = steps("calibration", lambda: _calibrated(grains, columns, pixel_size, wanted.material), grains)
+    calibration = steps("calibration", lambda: _calibrated(grains, pixel_size, wanted.material), grains)
     strain = steps("strain", lambda: strain_of(columns, _there(grains)), grains)
     classes = steps("phases", lambda: phases(columns, _there(grains)), grains)
     vectors = steps("polarisation", lambda: polar(columns, _there(grains)), grains)
@@ -143,10 +143,8 @@ def _there(value: T | None) -> T:
     return value
 
 
-def _calibrated(
-    assignment: Assignment | None, columns: Columns, pixel_size: PixelSize, material: str | None
-) -> Calibration:
-    return check_pixel_size(_there(assignment), columns, pixel_size, None if material is None else [material])
+def _calibrated(assignment: Assignment | None, pixel_size: PixelSize, material: str | None) -> Calibration:
+    return check_pixel_size(_there(assignment), pixel_size, None if material is None else [material])
 
 
 def _notes(pixels: NDArray[Any]) -> list[str]:

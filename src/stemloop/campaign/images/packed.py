@@ -10,7 +10,6 @@ import dataclasses
 import importlib
 import io
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stemloop.core.errors import IntegrityError, StorageError
+from stemloop.core.durable import write_whole
+from stemloop.core.errors import IntegrityError
 
 _PACKAGE = "stemloop."
 
@@ -30,21 +30,7 @@ def write(path: Path, value: Any) -> None:
     out = io.BytesIO()
     text = json.dumps(tree, sort_keys=True).encode()
     np.savez_compressed(out, tree=np.frombuffer(text, np.uint8), **arrays)  # type: ignore[arg-type]
-    write_bytes(path, out.getvalue())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all, also after a power cut of the writer's process."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {error.strerror}. Make room, or choose another folder.") from None
+    write_whole(path, out.getvalue())
 
 
 def read(path: Path) -> Any:

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from stemloop.campaign.images import packed
+from stemloop.campaign import pages
 from stemloop.campaign.images.summary import calibration_sentence, kinds_of_defects, length, within
-from stemloop.campaign.report import _STYLE, _bare, _grouped, _plain, _png, _quiet, _section, _shown
+from stemloop.core.durable import write_whole
 from stemloop.core.structure import Defect
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ _DYNAMICS = {
 #: A picture is drawn with at most so many pixels along a side; columns are marked where no more than these are in view.
 _MOST_PX, _MOST_MARKS, _MOST_ARROWS, _MOST_ROWS = 1400, 6000, 1600, 40
 _MORE_STYLE = """
-.fact b { font-size:1.12rem; overflow-wrap:anywhere }
+.fact b { font-size:1.12rem; white-space:normal; overflow-wrap:anywhere }
 .facts { grid-template-columns:repeat(auto-fit,minmax(165px,1fr)) }
 .verdict { border-left:5px solid var(--line); font-size:1.02rem }
 .verdict.good { border-left-color:var(--good) } .verdict.warn { border-left-color:var(--warn) }
@@ -108,7 +108,7 @@ def write_report(analysis: Analysis) -> Path:
     """Write ``report.html`` into the analysis's folder and return its path. The page holds its own style and pictures,
     asks the network for nothing and runs no script."""
     path = analysis.folder / "report.html"
-    packed.write_bytes(path, _View(analysis).html().encode())
+    write_whole(path, _View(analysis).html())
     return path
 
 
@@ -141,20 +141,13 @@ class _View:
             self.absent(),
             self.provenance(),
         ]
-        title = html.escape(f"{self.a.name} · stemloop analyze")
-        return (
-            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{title}</title>\n<style>{_STYLE}{_MORE_STYLE}</style>\n</head>\n<body>\n<main>\n"
-            + "\n".join(part for part in parts if part)
-            + "\n</main>\n</body>\n</html>\n"
-        )
+        return pages.whole(f"{self.a.name} · stemloop analyze", parts, _MORE_STYLE)
 
     # ----------------------------------------------------------------------------------------------------- words
 
     def headline(self) -> str:
         s, frames = self.s, self.a.shape[0]
-        cards = [("", _grouped(s["columns"]), "atom columns")]
+        cards = [("", pages.grouped(s["columns"]), "atom columns")]
         if s["precision_px"] is not None:
             cards.append(("", length(s["precision_px"], self.pixel_m), "typical deviation of a place, along an axis"))
         if s["lattices"]:
@@ -169,7 +162,7 @@ class _View:
             cards.append(("", sides, f"lattice, {one['angle_deg']:.1f}°, {len(one['sites'])} {sites} a cell{more}"))
         if s["lattices"]:
             kinds = kinds_of_defects(s["defects_of_kind"]) or "none was found"
-            cards.append(("", _grouped(sum(s["defects_of_kind"].values())), f"defects: {kinds}"))
+            cards.append(("", pages.grouped(sum(s["defects_of_kind"].values())), f"defects: {kinds}"))
         if frames > 1:
             good = frames - len(self.a.bad)
             cards.append(("warn" if self.a.bad else "good", f"{good} of {frames}", "frames that could be used"))
@@ -182,7 +175,7 @@ class _View:
         field = (
             ""
             if self.pixel_m is None
-            else f", {_plain(columns * self.pixel_m * 1e9)} nm × {_plain(rows * self.pixel_m * 1e9)} nm"
+            else f", {pages.number(columns * self.pixel_m * 1e9)} nm × {pages.number(rows * self.pixel_m * 1e9)} nm"
         )
         return (
             '<header><p class="kicker">From image to structure</p>'
@@ -226,7 +219,7 @@ class _View:
             shown, cmap="gray", vmin=low, vmax=max(high, low + 1e-12), extent=extent, alpha=0.45 if faint else 1.0,
             interpolation="nearest" if max(shown.shape) >= 400 else "bicubic",
         )  # fmt: skip
-        _bare(axis)
+        pages.bare(axis)
         axis.set(xlim=(-0.5, self.width - 0.5), ylim=(self.height - 0.5, -0.5))
 
     def _scale_bar(self, axis: Any, width: float | None = None) -> None:
@@ -297,12 +290,12 @@ class _View:
         if len(self.place) <= _MOST_MARKS:
             self._columns(axis)
         self._scale_bar(axis)
-        return _png(figure, f"columns found in {self.a.name}")
+        return pages.png(figure, f"columns found in {self.a.name}")
 
     def overview(self) -> str:
         if not len(self.place):
             words = "No atom column was found, so nothing is marked."
-            return _section("The image", words, self.marked())
+            return pages.section("The image", words, self.marked())
         figure, axes = self._figure(2)
         self._show(axes[0])
         self._scale_bar(axes[0])
@@ -326,8 +319,8 @@ class _View:
         if self.found.defects and len(self.place) <= _MOST_MARKS:
             self._defects(axes[1])
             words += "Numbers are those of the list of defects."
-        return _section(
-            "The image and its atom columns", words.strip(), _png(figure, f"image and columns of {self.a.name}")
+        return pages.section(
+            "The image and its atom columns", words.strip(), pages.png(figure, f"image and columns of {self.a.name}")
         )
 
     def denoised(self) -> str:
@@ -351,7 +344,7 @@ class _View:
             "The right one is for the eye only: places, brightness and their deviations are measured in the image as "
             "it was recorded."
         )
-        return _section("Without noise", words, _png(figure, "the image without noise"))
+        return pages.section("Without noise", words, pages.png(figure, "the image without noise"))
 
     def overlay(self) -> str:
         """Where a map lies on the image."""
@@ -365,7 +358,7 @@ class _View:
         left.set_title("where the map lies", fontsize=10)
         self._scale_bar(left)
         right.imshow(one.chart, cmap="magma", interpolation="nearest")
-        _bare(right)
+        pages.bare(right)
         right.set_title("the map", fontsize=10)
         found = one.registration
         sigma = " and ".join(f"{v:.2g}" for v in found.offset_sigma)
@@ -375,7 +368,7 @@ class _View:
             f"The correlation is {found.correlation:.2f}; "
         )
         words += "the place is clear." if found.trusted else "another place fits about as well: do not rely on it."
-        return _section("The map on the image", words, _png(figure, "where the map lies on the image"))
+        return pages.section("The map on the image", words, pages.png(figure, "where the map lies on the image"))
 
     def _zoom(self) -> float:
         return float(min(self.height, self.width, self.spacing * np.sqrt(1500)))
@@ -401,11 +394,11 @@ class _View:
                 for site in one["sites"]
             )
             rows.append([f"{k + 1}", *sides, f"{one['angle_deg']:.2f}°", f"{one['rotation_deg']:.2f}°",
-                         _grouped(one["columns"]), sites])  # fmt: skip
+                         pages.grouped(one["columns"]), sites])  # fmt: skip
         more = f" {len(told) - 12} smaller ones are in summary.json." if len(told) > 12 else ""
         many = "Lattices" if len(told) > 1 else "The lattice"
         words = f"Directions are from +x (right) towards +y (down); places of sites are parts of a₁ and a₂.{more}"
-        return _section(many, words, _table(head, rows))
+        return pages.section(many, words, _table(head, rows))
 
     def polar(self) -> str:
         field = self.found.polar
@@ -422,7 +415,7 @@ class _View:
         strength = np.clip(np.hypot(*field.vector[keep].T) / (2 * typical), 0, 1)
         colours = _directions(field.vector[keep], strength)
         axes[1].imshow(self._painted(field.place[keep], colours), extent=self._extent(), interpolation="nearest")
-        _bare(axes[1])
+        pages.bare(axes[1])
         axes[1].set(xlim=(-0.5, self.width - 0.5), ylim=(self.height - 0.5, -0.5))
         axes[1].set_title("direction (colour) and size (strength)", fontsize=10)
         self._defect_lines(axes[1])
@@ -438,7 +431,7 @@ class _View:
             if any(d.kind in ("domain-wall", "vortex") for d in self.found.defects)
             else ""
         )
-        return _section("Polar displacements", words, _png(figure, "polar displacements"))
+        return pages.section("Polar displacements", words, pages.png(figure, "polar displacements"))
 
     def _defect_lines(self, axis: Any) -> None:
         for one in self.found.defects:
@@ -470,7 +463,7 @@ class _View:
             self._painted(self.place[keep], size), extent=self._extent(), cmap="viridis", vmin=0,
             vmax=float(np.percentile(size, 98)), interpolation="nearest",
         )  # fmt: skip
-        _bare(axes[1])
+        pages.bare(axes[1])
         axes[1].set_title("size", fontsize=10)
         _bar(figure, shown, axes[1], unit)
         words = (
@@ -480,7 +473,7 @@ class _View:
         )
         if self.found.polar is not None and len(self.found.polar):
             words += " The cells show no polar displacement that stands out of the noise."
-        return _section("Displacements from the local lattice", words, _png(figure, "displacements"))
+        return pages.section("Displacements from the local lattice", words, pages.png(figure, "displacements"))
 
     def strain(self) -> str:
         strain = self.found.strain
@@ -499,7 +492,7 @@ class _View:
                 axis = axes[way][k]
                 shown = axis.imshow(one, extent=self._extent(), cmap="RdBu_r", vmin=-edges[k], vmax=edges[k],
                                     interpolation="nearest")  # fmt: skip
-                _bare(axis)
+                pages.bare(axis)
                 source = "" if len(maps) == 1 else " from columns" if way == 0 else " from fringes"
                 axis.set_title(names[k] + source, fontsize=9)
                 _bar(figure, shown, axis, "")
@@ -513,7 +506,7 @@ class _View:
                 f" and {_listed(fringes.sigma * factors)} from fringes (geometric phase analysis of the largest "
                 f"lattice, averaged by a Gaussian of {length(fringes.resolution_px, self.pixel_m)})"
             )
-        return _section("Strain", words + ".", _png(figure, "strain maps"))
+        return pages.section("Strain", words + ".", pages.png(figure, "strain maps"))
 
     def _strain_panels(self, ways: int) -> tuple[Figure, Any]:
         """A figure and its axes [way][component]."""
@@ -548,12 +541,12 @@ class _View:
         self._scale_bar(axes[0])
         rows = [
             [_Raw(_swatch(_COLOURS[k % len(_COLOURS)]) + html.escape(one["name"])),
-             f"{100 * one['share']:.1f} %", _grouped(one["columns"]), one["description"]]
+             f"{100 * one['share']:.1f} %", pages.grouped(one["columns"]), one["description"]]
             for k, one in enumerate(told)
         ]  # fmt: skip
         words = "Columns whose surroundings look alike are one phase. It was not told what to look for."
-        return _section(
-            "Phases", words, _png(figure, "phases") + _table(["phase", "share", "columns", "what it is"], rows)
+        return pages.section(
+            "Phases", words, pages.png(figure, "phases") + _table(["phase", "share", "columns", "what it is"], rows)
         )
 
     def _extent(self) -> tuple[float, float, float, float]:
@@ -580,7 +573,7 @@ class _View:
             return ""
         found = self.found.defects
         if not found:
-            return _section(
+            return pages.section(
                 "Defects",
                 "None was found: within the crystal's outline every column is where the lattice expects one, and as "
                 "bright.",
@@ -595,7 +588,7 @@ class _View:
         words = (
             more + "Places are (row, column) in pixels; of a line, its two ends. The chance is that it is there at all."
         )
-        return _section("Defects", words, _table(["", "kind", "where", "chance", "details"], rows))
+        return pages.section("Defects", words, _table(["", "kind", "where", "chance", "details"], rows))
 
     @staticmethod
     def _where(one: Defect) -> str:
@@ -615,7 +608,7 @@ class _View:
             rows = [[str(k), why] for k, why in list(sorted(self.a.bad.items()))[:_MOST_ROWS]]
             more = f" (the first {_MOST_ROWS} of {len(self.a.bad)})" if len(self.a.bad) > _MOST_ROWS else ""
             body += _table([f"frame{more}", "why it was not used"], rows)
-        return _section("The frames", words, body)
+        return pages.section("The frames", words, body)
 
     def _drift_words(self) -> str:
         drift = self.s["drift"]
@@ -645,7 +638,7 @@ class _View:
         one.set_xlabel("frame", fontsize=9)
         one.set_ylabel("shift (px)", fontsize=9)
         one.legend(frameon=False, fontsize=8.5)
-        _quiet(one)
+        pages.quiet(one)
         good = np.isfinite(shift).all(axis=1)
         line = shift[good][:, ::-1]
         if len(line) > 1:
@@ -657,16 +650,18 @@ class _View:
         two.set_xlabel("shift right (px)", fontsize=9)
         two.set_ylabel("shift down (px)", fontsize=9)
         _bar(figure, dots, two, "frame")
-        _quiet(two)
-        return _png(figure, "drift of the frames")
+        pages.quiet(two)
+        return pages.png(figure, "drift of the frames")
 
     def dynamics(self) -> str:
         moved = self.a.motion
         if moved is None:
             return ""
         told = self.s["dynamics"]
-        words = f"{_grouped(told['tracks'])} tracks of columns and vacant places; "
-        words += f"{_grouped(told['seen_in_half_of_the_frames'])} of them are seen in at least half of the frames. "
+        words = f"{pages.grouped(told['tracks'])} tracks of columns and vacant places; "
+        words += (
+            f"{pages.grouped(told['seen_in_half_of_the_frames'])} of them are seen in at least half of the frames. "
+        )
         per = "s" if moved.frame_s else "frame"
         if moved.rates is not None:
             words += (
@@ -675,12 +670,12 @@ class _View:
         rows = [
             [
                 _DYNAMICS.get(key, key.replace("_", " ").replace("^2", "²")),
-                within(*value) if key.startswith(("rate", "diffusion")) else _shown(value),
+                within(*value) if key.startswith(("rate", "diffusion")) else pages.shown(value),
             ]
             for key, value in told.items()
         ]
         body = self._far(moved, per) + _table(["", ""], rows, plain=True)
-        return _section("From frame to frame", words.strip(), body)
+        return pages.section("From frame to frame", words.strip(), body)
 
     def _far(self, moved: Any, per: str) -> str:
         far = moved.displacement
@@ -694,15 +689,15 @@ class _View:
         one.plot(np.arange(len(seen)), seen, color="#2563a8", lw=1.3)
         one.set_xlabel("frame", fontsize=9)
         one.set_ylabel("columns and vacant places", fontsize=9)
-        _quiet(one)
+        pages.quiet(one)
         if far is not None:
             unit, factor = ("px²", 1.0) if self.pixel_m is None else ("pm²", (1e12 * self.pixel_m) ** 2)
             two.errorbar(far.lag_s, far.square * factor, far.sigma * factor, color="#c2571a", lw=1.2, marker="o", ms=3)
             two.axhline(0, color="#b8c0cb", lw=0.8)
             two.set_xlabel(f"time ({'s' if per == 's' else 'frames'})", fontsize=9)
             two.set_ylabel(f"mean squared displacement ({unit})", fontsize=9)
-        _quiet(two)
-        return _png(figure, "columns a frame and their mean squared displacement")
+        pages.quiet(two)
+        return pages.png(figure, "columns a frame and their mean squared displacement")
 
     # ---------------------------------------------------------------------------------------------------- the library
 
@@ -711,16 +706,16 @@ class _View:
         if one is None:
             return ""
         if one.size == 0:
-            return _section("Seen before?", "The library was empty; the elements of this image are its first.", "")
+            return pages.section("Seen before?", "The library was empty; the elements of this image are its first.", "")
         rows = "".join(self._sighting(seen) for seen in one.seen if seen.others)
         new = [f"{seen.what} at ({seen.place[0]:.0f}, {seen.place[1]:.0f})" for seen in one.seen if not seen.others]
         if new:
             rows += f"<p>Not seen in another image: {html.escape(', '.join(new))}.</p>"
         words = (
-            f"The library held {_grouped(one.size)} elements. Left, an element of this image; then its nearest likes "
-            "in other images. The chance is how often noise puts equal surroundings so far apart."
+            f"The library held {pages.grouped(one.size)} elements. Left, an element of this image; then its nearest "
+            "likes in other images. The chance is how often noise puts equal surroundings so far apart."
         )
-        return _section("Seen before?", words, rows)
+        return pages.section("Seen before?", words, rows)
 
     @staticmethod
     def _sighting(seen: Any) -> str:
@@ -756,14 +751,14 @@ class _View:
             "Name the material if you know it."
         )
         head = ["material and zone axis", "a pixel would be", "against the stated", "distortion", "chance"]
-        return _section("What the lattice may be", words, _table(head, rows))
+        return pages.section("What the lattice may be", words, _table(head, rows))
 
     def absent(self) -> str:
         said = [*self.a.notes, *(f"Left out: {part}, because {why}" for part, why in self.a.left_out)]
         if not said:
             return ""
         items = "".join(f"<li>{html.escape(one[:1].upper() + one[1:])}</li>" for one in said)
-        return _section("What to know of this result", "", f'<ul class="plain">{items}</ul>')
+        return pages.section("What to know of this result", "", f'<ul class="plain">{items}</ul>')
 
     def provenance(self) -> str:
         s = self.s
@@ -777,11 +772,11 @@ class _View:
             ["file", s["file"]],
             ["SHA-256", s["sha256"]],
             ["size of a pixel", told],
-            ["asked for", ", ".join(f"{k}: {_shown(v)}" for k, v in s["parameters"].items() if v is not None)],
+            ["asked for", ", ".join(f"{k}: {pages.shown(v)}" for k, v in s["parameters"].items() if v is not None)],
             ["files in the folder", ", ".join(s["files"])],
             ["made by", f"stemloop {s['version']}"],
         ]
-        return _section("Where it comes from", "", _table(["", ""], rows, plain=True))
+        return pages.section("Where it comes from", "", _table(["", ""], rows, plain=True))
 
 
 # -------------------------------------------------------------------------------------------------- small drawing

@@ -11,6 +11,7 @@ from stemloop import __version__
 from stemloop.campaign.images.motion import told as motion_told
 from stemloop.campaign.images.one_image import Understood
 from stemloop.campaign.images.overlay import told as overlay_told
+from stemloop.core.plain import jsonable
 from stemloop.core.structure import Defect, Grain
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ TRUST = {
     "none": "not known",
 }
 _MOST_DEFECTS = 2000
+#: Significant digits of a number in the summary.
+DIGITS = 7
 
 
 def summarise(analysis: Analysis, sha256: str, parameters: dict[str, Any], files: list[str]) -> dict[str, Any]:
@@ -82,9 +85,9 @@ def summarise(analysis: Analysis, sha256: str, parameters: dict[str, Any], files
 
 
 def _plain(value: Any) -> float | None:
-    """A number that JSON can say, to seven digits."""
-    number = float(value)
-    return float(f"{number:.7g}") if np.isfinite(number) else None
+    """A number to as many digits as the summary says."""
+    number: float | None = jsonable(float(value), DIGITS)
+    return number
 
 
 def precision_px(found: Understood) -> float | None:
@@ -137,7 +140,7 @@ def _calibration(found: Understood) -> dict[str, Any] | None:
         "pixel_size_nm": None if one.pixel_size_m is None else _plain(1e9 * one.pixel_size_m),
         "sigma_nm": None if one.sigma_m is None else _plain(1e9 * one.sigma_m),
         "material": one.material,
-        "zone_axis": jsonable(one.zone_axis),
+        "zone_axis": jsonable(one.zone_axis, DIGITS),
         "p": None if one.p is None else _plain(one.p),
         "ratio": None if one.ratio is None else _plain(one.ratio),
         "ratio_sigma": None if one.ratio_sigma is None else _plain(one.ratio_sigma),
@@ -192,25 +195,8 @@ def defect(one: Defect) -> dict[str, Any]:
         "kind": one.kind,
         "place_px": [[_plain(v) for v in point] for point in place],
         "p": _plain(one.p),
-        "detail": jsonable(one.detail),
+        "detail": jsonable(one.detail, DIGITS),
     }
-
-
-def jsonable(value: Any) -> Any:  # noqa: PLR0911 (a table of kinds)
-    """``value`` as JSON can say it."""
-    if isinstance(value, dict):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(item) for item in value]
-    if isinstance(value, np.ndarray):
-        return jsonable(value.tolist())
-    if isinstance(value, (np.bool_, bool)):
-        return bool(value)
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    if isinstance(value, (float, np.floating)):
-        return _plain(value)
-    return value if value is None or isinstance(value, str) else str(value)
 
 
 def drift(analysis: Analysis) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 from collections.abc import Iterable
@@ -11,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stemloop.campaign.images import packed, parquet
+from stemloop.campaign.images import parquet
 from stemloop.campaign.images.one_image import Understood
-from stemloop.core.errors import InputError, StorageError
+from stemloop.core.durable import write_whole, writing
+from stemloop.core.errors import InputError
 from stemloop.core.structure import Columns
 
 #: One row of a table: names and numpy types, in order. Lengths are in pixels but for ``x_nm`` and ``y_nm``.
@@ -79,24 +81,16 @@ def strain_arrays(strain: Any) -> tuple[NDArray[np.float64], ...]:
 def write(folder: Path, name: str, parts: Iterable[NDArray[Any]], rows: int) -> list[str]:
     """Write ``name.parquet``, and ``name.csv`` where ``rows`` are not too many, from tables; what was written."""
     text = rows <= MOST_ROWS_AS_TEXT
-    target, plain = folder / f".{name}.parquet.part", folder / f".{name}.csv.part"
-    try:
-        with open(target, "wb") as binary, open(plain, "w", encoding="utf-8", newline="\n") as lines:
-            binary_table = parquet.Table(binary, ROW)
-            lines.write(",".join(ROW.names or ()) + "\n")
-            for part in parts:
-                binary_table.add(part)
-                if text:
-                    lines.writelines(_lines(part))
-            binary_table.close()
-        target.replace(folder / f"{name}.parquet")
-        if text:
-            plain.replace(folder / f"{name}.csv")
-    except OSError as error:
-        raise StorageError(f"cannot write {folder}: {error.strerror}. Make room, or choose another folder.") from None
-    finally:
-        target.unlink(missing_ok=True)
-        plain.unlink(missing_ok=True)
+    with contextlib.ExitStack() as files:
+        binary_table = parquet.Table(files.enter_context(writing(folder / f"{name}.parquet")), ROW)
+        lines = files.enter_context(writing(folder / f"{name}.csv")) if text else None
+        if lines:
+            lines.write((",".join(ROW.names or ()) + "\n").encode())
+        for part in parts:
+            binary_table.add(part)
+            if lines:
+                lines.writelines(line.encode() for line in _lines(part))
+        binary_table.close()
     return [f"{name}.parquet", *([f"{name}.csv"] if text else [])]
 
 
@@ -126,11 +120,11 @@ def to_atomap(columns: Columns) -> list[NDArray[np.float64]]:
     return [columns.position[columns.sublattice == k][:, ::-1] for k in np.unique(columns.sublattice)]
 
 
-def to_ase(found: Understood, pixel_m: float | None, symbols: tuple[str, ...] = ()) -> Any:
+def to_ase(found: Understood, pixel_m: float | None) -> Any:
     """The columns as flat ``ase.Atoms`` [angstrom]: x to the right, y up (so that it looks like the image), z = 0.
 
-    ``symbols`` are the elements of the sites of a cell; columns of other sites are ``X``. The sublattice is the tag;
-    amplitude, p_present and site are arrays. An :class:`InputError` where the size of a pixel is not known.
+    Every column is an ``X``. The sublattice is the tag; amplitude, p_present and site are arrays. An
+    :class:`InputError` where the size of a pixel is not known.
     """
     from ase import Atoms
 
@@ -141,8 +135,8 @@ def to_ase(found: Understood, pixel_m: float | None, symbols: tuple[str, ...] = 
     place = np.zeros((len(columns), 3))
     place[:, 0], place[:, 1] = columns.position[:, 1] * step, (height - 1 - columns.position[:, 0]) * step
     site = np.full(len(columns), -1) if found.assignment is None else found.assignment.site
-    names = [symbols[k] if 0 <= k < len(symbols) else "X" for k in site]
-    atoms = Atoms(names, place, cell=[width * step, height * step, 10.0], pbc=False, tags=columns.sublattice)
+    cell = [width * step, height * step, 10.0]
+    atoms = Atoms(["X"] * len(columns), place, cell=cell, pbc=False, tags=columns.sublattice)
     atoms.set_array("amplitude", columns.amplitude)
     atoms.set_array("site", site.astype(int))
     if len(columns.p_present) == len(columns):
@@ -150,18 +144,18 @@ def to_ase(found: Understood, pixel_m: float | None, symbols: tuple[str, ...] = 
     return atoms
 
 
-def export(folder: Path, found: Understood, pixel_m: float | None, symbols: tuple[str, ...]) -> list[str]:
+def export(folder: Path, found: Understood, pixel_m: float | None) -> list[str]:
     """Write ``atoms_atomap.npz`` and, where the size of a pixel is known, ``atoms.extxyz``; what was written."""
     out = io.BytesIO()
     np.savez(out, **{f"sublattice_{k}": xy for k, xy in enumerate(to_atomap(found.columns))})  # type: ignore[arg-type]
-    packed.write_bytes(folder / "atoms_atomap.npz", out.getvalue())
+    write_whole(folder / "atoms_atomap.npz", out.getvalue())
     written = ["atoms_atomap.npz"]
     if pixel_m is not None and len(found.columns):
         from ase.io import write as write_atoms
 
         text = io.StringIO()
-        write_atoms(text, to_ase(found, pixel_m, symbols), format="extxyz")
-        packed.write_bytes(folder / "atoms.extxyz", text.getvalue().encode())
+        write_atoms(text, to_ase(found, pixel_m), format="extxyz")
+        write_whole(folder / "atoms.extxyz", text.getvalue())
         written.append("atoms.extxyz")
     return written
 
@@ -171,5 +165,5 @@ def export_atomai(folder: Path, frames: Iterable[tuple[int, Columns]]) -> list[s
     out = io.BytesIO()
     coordinates = {str(k): to_atomai({k: columns})[k] for k, columns in frames}
     np.savez(out, **coordinates)  # type: ignore[arg-type]
-    packed.write_bytes(folder / "atoms_atomai.npz", out.getvalue())
+    write_whole(folder / "atoms_atomai.npz", out.getvalue())
     return ["atoms_atomai.npz"]

@@ -39,7 +39,7 @@ _REPEATS, _MORE_REPEATS = 2.5, 6.0
 _PATCH, _JURY, _SURE, _SMALLEST_DOMAIN = 120, 16, 8.0, 16
 
 
-class Cells(NamedTuple):
+class Indexing(NamedTuple):
     """Lattice of the columns of one grain: ``vectors`` (2, 2) [px], ``basis`` (k, 2), and of each column its ``cell``
     (n, 2), ``site`` (n,) and local vectors ``frame`` (n, 2, 2) [px]."""
 
@@ -49,7 +49,7 @@ class Cells(NamedTuple):
     site: Integers
     frame: Floats
 
-    def take(self, part: Integers) -> Cells:
+    def take(self, part: Integers) -> Indexing:
         """Of the columns ``part`` only."""
         return self._replace(cell=self.cell[part], site=self.site[part], frame=self.frame[part])
 
@@ -76,7 +76,7 @@ def brightness(amplitude: Floats, near: Integers, most: int = 24) -> Floats:
     return np.asarray(size - around)
 
 
-def finest(cells: Cells, nearest: float) -> Cells:
+def finest(cells: Indexing, nearest: float) -> Indexing:
     """The lattice with more vectors, if shifts between places of the cell take all places to places."""
     k = len(cells.basis)
     for m in (4, 3, 2):
@@ -94,7 +94,7 @@ def finest(cells: Cells, nearest: float) -> Cells:
     return cells
 
 
-def _refined(cells: Cells, shift: Floats, m: int) -> Cells:
+def _refined(cells: Indexing, shift: Floats, m: int) -> Indexing:
     """With ``shift``, a fraction of order ``m``, as one more lattice vector."""
     multiples = np.array([n * shift - np.rint(n * shift) for n in range(m)])
     extended = np.concatenate([multiples[1:], np.eye(2)])
@@ -120,12 +120,12 @@ def _refined(cells: Cells, shift: Floats, m: int) -> Cells:
     basis = (cells.basis[kept] @ inverse) % 1.0
     site = twin[cells.site]
     cell = np.rint((cells.cell + cells.basis[cells.site]) @ inverse - basis[site]).astype(np.int64)
-    return Cells(pair @ cells.vectors, basis, cell, site, np.einsum("ij,njk->nik", pair, cells.frame))
+    return Indexing(pair @ cells.vectors, basis, cell, site, np.einsum("ij,njk->nik", pair, cells.frame))
 
 
 def decorated(
-    cells: Cells, position: Floats, bright: Floats, off: Floats, nearest: float, repeats: float = _REPEATS
-) -> tuple[Cells, Integers]:
+    cells: Indexing, position: Floats, bright: Floats, off: Floats, nearest: float, repeats: float = _REPEATS
+) -> tuple[Indexing, Integers]:
     """The coarser lattice, if its cosets differ in brightness ``bright`` (n,) or displacement ``off`` (n, 2) [px].
 
     One step after the other, each of index 2 or 3, and each must be needed, in the whole grain or a part of it. Parts
@@ -159,7 +159,7 @@ def _patches(position: Floats) -> list[Integers]:
     return list(np.asarray(cKDTree(position).query(middles, _PATCH)[1], dtype=np.int64))
 
 
-def _useful(cells: Cells, values: Floats, form: Integers, part: Integers) -> tuple[float, NDArray[np.bool_]]:
+def _useful(cells: Indexing, values: Floats, form: Integers, part: Integers) -> tuple[float, NDArray[np.bool_]]:
     """Gain of the criterion by ``form`` among the columns ``part``, and which of the values have a share in it."""
     m = int(form[0, 0] * form[1, 1])
     group = cells.site[part] * m + coset(cells.cell[part], form)
@@ -169,7 +169,7 @@ def _useful(cells: Cells, values: Floats, form: Integers, part: Integers) -> tup
 
 
 def _domains(
-    cells: Cells, position: Floats, values: Floats, form: Integers, parts: list[Integers]
+    cells: Indexing, position: Floats, values: Floats, form: Integers, parts: list[Integers]
 ) -> tuple[Integers, Integers]:
     """Shift (n, 2) of each column's cell that makes its neighbourhood look like the clearest part, and its domain."""
     n, m = len(position), int(form[0, 0] * form[1, 1])
@@ -200,7 +200,7 @@ def _domains(
     return shifts[phase], np.asarray(order[phase])
 
 
-def _extent(cells: Cells, form: Integers) -> float:
+def _extent(cells: Indexing, form: Integers) -> float:
     """How often the cell of a sublattice fits into the grain, in the direction in which it fits least often."""
     cell = cells.cell @ np.linalg.inv(standard(form @ cells.vectors, 1.12) @ form)
     width = np.percentile(cell, 97, axis=0) - np.percentile(cell, 3, axis=0)
@@ -231,7 +231,7 @@ def _centred(values: Floats, group: Integers, groups: int) -> tuple[Floats, Floa
     return values - mean[group], mean, count
 
 
-def _coarser(cells: Cells, form: Integers) -> Cells:
+def _coarser(cells: Indexing, form: Integers) -> Indexing:
     """On the sublattice: each coset of each place becomes a place of its own."""
     m = int(form[0, 0] * form[1, 1])
     change = standard(form @ cells.vectors, 1.12) @ form
@@ -242,4 +242,4 @@ def _coarser(cells: Cells, form: Integers) -> Cells:
     site = cells.site * m + coset(cells.cell, form)
     cell = np.rint((cells.cell + cells.basis[cells.site]) @ inverse - basis[site]).astype(np.int64)
     frame = np.einsum("ij,njk->nik", change.astype(np.float64), cells.frame)
-    return Cells(change @ cells.vectors, basis, cell, site, frame)
+    return Indexing(change @ cells.vectors, basis, cell, site, frame)

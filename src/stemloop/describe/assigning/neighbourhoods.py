@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from stemloop.describe.assigning.decoration import Cells
+from stemloop.describe.assigning.decoration import Indexing
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -18,7 +18,7 @@ _AT_ONCE = 20000
 _TUKEY = 4.685
 
 
-class Local(NamedTuple):
+class SmoothLattice(NamedTuple):
     """The lattice around each of n columns, by its neighbours alone.
 
     origin : (n, 2) [px] place 0 of the column's own cell. frame : (n, 2, 2) [px] lattice vectors. bend : (n, 0 or 3,
@@ -48,8 +48,13 @@ def _terms(x: Floats, q: int) -> Floats:
 
 
 def local(
-    position: Floats, variance: Floats, cells: Cells, sources: Integers, order: int = 1, asked: Integers | None = None
-) -> Local:
+    position: Floats,
+    variance: Floats,
+    cells: Indexing,
+    sources: Integers,
+    order: int = 1,
+    asked: Integers | None = None,
+) -> SmoothLattice:
     """Robust fit of a smooth lattice to the nearest columns of one kind, for every column and without it.
 
     Positions of the neighbours are a polynomial (``order`` 1: affine, the lattice with its strain; 2: bent) of their
@@ -65,10 +70,10 @@ def local(
     if len(asked) > _AT_ONCE:  # to bound the memory
         blocks = np.array_split(asked, -(-len(asked) // _AT_ONCE))
         parts = [local(position, variance, cells, sources, order, block) for block in blocks]
-        return Local(*(np.concatenate(field) for field in zip(*parts, strict=True)))
+        return SmoothLattice(*(np.concatenate(field) for field in zip(*parts, strict=True)))
     n, q = len(asked), 3 if order == 1 else 6
     most = 12 if order == 1 else 20
-    nothing = Local(
+    nothing = SmoothLattice(
         np.full((n, 2), np.nan), np.full((n, 2, 2), np.nan), np.full((n, q - 3, 2), np.nan), np.full((n, q, q), np.nan)
     )
     if len(sources) < q + 3:
@@ -94,7 +99,7 @@ def local(
     covariance: Floats = np.asarray(np.linalg.inv(normal), dtype=np.float64)
     enough &= np.diagonal(covariance, axis1=1, axis2=2)[:, 0] < np.maximum(4 * variance[asked], 1e-12)
     covariance[~enough], solution[~enough] = np.nan, np.nan
-    return Local(solution[:, 0] + position[asked], solution[:, 1:3], solution[:, 3:], covariance)
+    return SmoothLattice(solution[:, 0] + position[asked], solution[:, 1:3], solution[:, 3:], covariance)
 
 
 def _fitted(terms: Floats, step: Floats, prior: Floats, base: NDArray[np.bool_]) -> tuple[Floats, Floats, Integers]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from stemloop.describe.assigning.decoration import Cells, finest
+from stemloop.describe.assigning.decoration import Indexing, finest
 from stemloop.describe.vectors import standard, wrapped
 
 Floats = NDArray[np.float64]
@@ -57,7 +57,7 @@ def seed(position: Floats, tree: cKDTree, around: Integers, shape: tuple[int, ..
         return None
     basis, start = _places(places, chosen, nearest)
     nobody = np.zeros(0, np.int64)
-    cells = finest(Cells(chosen, basis, nobody.reshape(0, 2), nobody, np.zeros((0, 2, 2))), nearest)
+    cells = finest(Indexing(chosen, basis, nobody.reshape(0, 2), nobody, np.zeros((0, 2, 2))), nearest)
     return Seed(int(around[start]), cells.vectors, cells.basis, nearest, float(share.mean()))
 
 

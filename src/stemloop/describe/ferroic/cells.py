@@ -9,13 +9,13 @@ from stemloop.core.structure import Assignment, Grain
 
 Integers = NDArray[np.int64]
 
-#: The corners of a cell are the primary columns nearer to its middle than this times the nearest of them.
-_CORNERS = 1.35
+#: The nearest columns around a place are those nearer than this times the nearest of them.
+_NEAREST = 1.35
 #: Their middle must be that of the secondary site within this part of the nearest distance.
 _CENTRED = 0.3
 
 
-class Cells:
+class CellTable:
     """Columns of grain ``number`` by (i, j, site).
 
     low : (2,) smallest (i, j). table : (rows, columns, sites) index of a column, or -1. Where two columns claim one
@@ -49,9 +49,18 @@ def corners_of(grain: Grain, site: int) -> Integers | None:
     """(m, 2) cells of the primary columns around ``site``, whose middle it is; None if there are no such."""
     if site >= len(grain.basis):
         return None
+    steps = nearest(grain, site, 0)
+    away = _away(grain, steps, site, 0)
+    centred = float(np.hypot(*away.mean(axis=0))) < _CENTRED * np.hypot(*away.T).min()
+    return steps if len(steps) >= 2 and centred else None
+
+
+def nearest(grain: Grain, site: int, other: int) -> Integers:
+    """(m, 2) steps to the cells of the nearest columns of ``other`` around a column of ``site``."""
     steps = np.stack(np.meshgrid(np.arange(-3, 4), np.arange(-3, 4), indexing="ij"), axis=-1).reshape(-1, 2)
-    away = (steps - grain.basis[site]) @ grain.vectors
-    distance = np.hypot(*away.T)
-    near = distance < _CORNERS * distance.min()
-    centred = float(np.hypot(*away[near].mean(axis=0))) < _CENTRED * distance.min()
-    return steps[near].astype(np.int64) if near.sum() >= 2 and centred else None
+    distance = np.hypot(*_away(grain, steps, site, other).T)
+    return steps[distance < _NEAREST * distance.min()].astype(np.int64)
+
+
+def _away(grain: Grain, steps: Integers, site: int, other: int) -> NDArray[np.float64]:
+    return (steps + grain.basis[other] - grain.basis[site]) @ grain.vectors

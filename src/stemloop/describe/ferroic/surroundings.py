@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from stemloop.core.errors import InputError
 from stemloop.core.structure import Assignment, Columns
-from stemloop.describe.ferroic.cells import Cells, corners_of
+from stemloop.describe.ferroic.cells import CellTable, corners_of, nearest
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -21,7 +21,7 @@ DESCRIPTORS = (
 _AROUND = np.array([(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)], dtype=np.int64)
 
 
-class Local(NamedTuple):
+class LocalDescriptors(NamedTuple):
     """Descriptors of ``n`` columns: ``value`` and ``sigma`` (n, 9) with the columns ``names``; NaN where there is
     nothing to tell. ``numpy.asarray(local.value)`` is what a clustering takes."""
 
@@ -30,7 +30,7 @@ class Local(NamedTuple):
     names: tuple[str, ...]
 
 
-def local_descriptors(columns: Columns, assignment: Assignment) -> Local:
+def local_descriptors(columns: Columns, assignment: Assignment) -> LocalDescriptors:
     """The local structure around each column, each number with its 1-sigma deviation.
 
     ``size`` ln of the root of the local cell's area over the grain's; ``aspect`` ln of its a2 / a1 over the grain's;
@@ -52,7 +52,7 @@ def local_descriptors(columns: Columns, assignment: Assignment) -> Local:
     seen = surroundings(columns, assignment)
     value = np.column_stack([getattr(seen, name) for name in DESCRIPTORS])
     sigma = np.column_stack([seen.sigma[name] for name in DESCRIPTORS])
-    return Local(value, sigma, DESCRIPTORS)
+    return LocalDescriptors(value, sigma, DESCRIPTORS)
 
 
 class Surroundings(NamedTuple):
@@ -81,7 +81,7 @@ def surroundings(columns: Columns, assignment: Assignment) -> Surroundings:
     vectors = np.full((n, 2, 2), np.nan)
     bright, bright_sigma = log_brightness(columns)
     for g in range(len(assignment.grains)):
-        cells = Cells(assignment, g)
+        cells = CellTable(assignment, g)
         if len(cells.own):
             _cell(columns, assignment, g, cells, value, sigma, vectors)
             _brightness(assignment, g, cells, bright, bright_sigma, value, sigma)
@@ -110,7 +110,7 @@ def _cell(
     columns: Columns,
     assignment: Assignment,
     number: int,
-    cells: Cells,
+    cells: CellTable,
     value: dict[str, Floats],
     sigma: dict[str, Floats],
     vectors: Floats,
@@ -152,7 +152,7 @@ def _cell(
 def _brightness(
     assignment: Assignment,
     number: int,
-    cells: Cells,
+    cells: CellTable,
     bright: Floats,
     bright_sigma: Floats,
     value: dict[str, Floats],
@@ -169,21 +169,14 @@ def _brightness(
         return
     for s in range(2):
         kind = own[site == s]
-        mean, left = _mean_of(cells, assignment.cell[kind], nearest(grain.basis, grain.vectors, s, 1 - s), 1 - s,
+        mean, left = _mean_of(cells, assignment.cell[kind], nearest(grain, s, 1 - s), 1 - s,
                               bright, bright_sigma)  # fmt: skip
         value["ratio"][kind] = (bright[kind] - mean) * (1 if s == 1 else -1)
         sigma["ratio"][kind] = np.hypot(bright_sigma[kind], left)
 
 
-def nearest(basis: Floats, vectors: Floats, site: int, other: int) -> Integers:
-    """(m, 2) steps to the cells of the nearest columns of ``other`` around a column of ``site``."""
-    steps = np.stack(np.meshgrid(np.arange(-3, 4), np.arange(-3, 4), indexing="ij"), axis=-1).reshape(-1, 2)
-    distance = np.hypot(*((steps + basis[other] - basis[site]) @ vectors).T)
-    return steps[distance < 1.35 * distance.min()].astype(np.int64)
-
-
 def _mean_of(
-    cells: Cells, cell: Integers, steps: Integers, site: int, value: Floats, sigma: Floats
+    cells: CellTable, cell: Integers, steps: Integers, site: int, value: Floats, sigma: Floats
 ) -> tuple[Floats, Floats]:
     """Mean of ``value`` over the columns of ``site`` at ``steps`` around each of ``cell``, and its deviation."""
     around = cells.at(cell[:, None] + steps, site)
@@ -199,7 +192,7 @@ def _off_centre(
     columns: Columns,
     assignment: Assignment,
     number: int,
-    cells: Cells,
+    cells: CellTable,
     value: dict[str, Floats],
     sigma: dict[str, Floats],
 ) -> None:
@@ -221,7 +214,7 @@ def _off_centre(
     vector[second] = place[second] - np.column_stack([m for m, _ in middles])
     left[second] = np.hypot(noise[second], middles[0][1])
     first = cells.own[assignment.site[cells.own] == 0]
-    outward = nearest(grain.basis, grain.vectors, 0, 1)
+    outward = nearest(grain, 0, 1)
     means = [_mean_of(cells, assignment.cell[first], outward, 1, vector[:, k], left) for k in (0, 1)]
     vector[first], left[first] = np.column_stack([m for m, _ in means]), means[0][1]
     own = cells.own
