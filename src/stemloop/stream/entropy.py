@@ -268,7 +268,7 @@ def _close(r, run, frame, place, ends, indptr):  # type: ignore[no-untyped-def]
     return run[3] == np.uint64(0) and left >= 0 and left % 32 == 0
 
 
-@numba.njit(cache=True, nogil=True, boundscheck=False)
+@numba.njit(cache=True, nogil=True, boundscheck=False, _nrt=False)
 def _decode_runs(data, ends, place, edges, reads, escape_, ticks, labels, begin, end, indptr, index):  # type: ignore[no-untyped-def]
     u = np.uint64
     limit, escape = u(len(data) - 8), u(escape_)
@@ -334,7 +334,8 @@ def _decode_runs(data, ends, place, edges, reads, escape_, ticks, labels, begin,
 
 
 # ------------------------------------------------------------------------------------------------------ encoding
-# A writer is (bits not yet moved to scratch, how many, place in scratch, state, next electron's entry in ``pixel``).
+# A writer is (bits not yet moved to scratch, how many, place in scratch, state, electron, its entry in ``pixel``).
+# A frame is (number, where its pixels' entries begin, its first electron).
 
 
 @numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
@@ -376,61 +377,127 @@ def _middle(here):  # type: ignore[no-untyped-def]
     return (here & u(0xFFFFFFFF)) + ((u(1) << ((here >> u(32)) & u(15))) >> u(1))
 
 
-@numba.njit(cache=True, nogil=True, boundscheck=False)
-def _encode_runs(
-    indptr, index, edges, labels, pixel, begin, end, pixels, symbols, writes, escape_, scratch, place, begins
-):  # type: ignore[no-untyped-def]
-    """Write each run backwards from the end of its room in ``scratch``."""
+@numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
+def _put(x, count, o, state, gap, symbols, writes, escape, scratch, top):  # type: ignore[no-untyped-def]
+    """Write a gap."""
     u = np.uint64
-    escape = u(escape_)
-    for r in range(len(edges) - 1):
-        first_frame = edges[r]
-        i, stop = indptr[edges[r + 1]], indptr[first_frame]
-        frame = edges[r + 1] - 1
-        x, count, o, state = u(0), np.int64(_FLOOR), u(place[r + 1]), u(0)
-        here = u(0)
-        row = np.int64(0)
-        if i > stop:
-            while indptr[frame] == i:
-                frame -= 1
-            row = np.int64(labels[frame]) * pixels
-            here = pixel[row + index[i - 1]]
-        while i > stop:
-            i -= 1
-            if i > indptr[frame]:  # the electron before is in this frame
-                before = pixel[row + index[i - 1]]
-                middle = _middle(before)
-                again = u(before == here) & u(middle > (before & u(0xFFFFFFFF)))
-                x, count, tick = _take_tick(x, count, here, again)
-                gap = tick - middle
+    escapes = u(0)
+    if gap >= escape:
+        escapes = gap // escape
+        gap -= escapes * escape
+    x, count, state = _put_gap(x, count, state, gap, symbols, writes)
+    x, count, o = _move(x, count, o, scratch)
+    for _ in range(escapes):
+        x, count, state = _put_gap(x, count, state, escape, symbols, writes)
+        x, count, o = _move(x, count, o, scratch)
+    if count < np.int64(_FLOOR):  # take the last word back; below the first one there are zeros
+        if o < top:
+            x |= u(scratch[o]) << u(count)
+            o += u(1)
+        count += np.int64(32)
+    return x, count, o, state
+
+
+@numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
+def _put_next(run, row, index, pixel, symbols, writes, escape, scratch, top):  # type: ignore[no-untyped-def]
+    """Write an electron that is not the first one of its frame."""
+    u = np.uint64
+    x, count, o, state, i, here = run
+    before = pixel[row + u(index[i - u(1)])]
+    middle = _middle(before)
+    again = u(before == here) & u(middle != (before & u(0xFFFFFFFF)))
+    x, count, tick = _take_tick(x, count, here, again)
+    x, count, o, state = _put(x, count, o, state, tick - middle, symbols, writes, escape, scratch, top)
+    return x, count, o, state, i - u(1), before
+
+
+@numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
+def _put_first(run, frame, first_frame, stop, indptr, index, labels, pixel, begin, end, pixels, symbols, writes, escape, scratch, top):  # type: ignore[no-untyped-def]
+    """Write the first electron of a frame, and go to the frame of the electron before."""
+    u = np.uint64
+    x, count, o, state, i, here = run
+    number = frame[0]
+    x, count, tick = _take_tick(x, count, here, u(0))
+    gap = tick - begin[labels[number]]
+    while number > first_frame and (i == stop or u(indptr[number]) == i):
+        number -= u(1)
+        gap += end[labels[number]] - begin[labels[number]]
+    row = u(labels[number]) * pixels
+    before = here
+    if i > stop:
+        before = pixel[row + u(index[i - u(1)])]
+        gap -= _middle(before) - begin[labels[number]]
+    x, count, o, state = _put(x, count, o, state, gap, symbols, writes, escape, scratch, top)
+    return (x, count, o, state, i - u(1), before), (number, row, u(indptr[number]))
+
+
+@numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
+def _begin(r, indptr, index, edges, labels, pixel, pixels, place):  # type: ignore[no-untyped-def]
+    """Writer and frame of a run's last electron, which stands for itself and all after it."""
+    u = np.uint64
+    i, number = u(indptr[edges[r + 1]]), u(edges[r + 1] - 1)
+    here, row = u(0), u(0)
+    if i > u(indptr[edges[r]]):
+        while u(indptr[number]) == i:
+            number -= u(1)
+        row = u(labels[number]) * pixels
+        here = pixel[row + u(index[i - u(1)])]
+    return (u(0), np.int64(_FLOOR), u(place[r + 1]), u(0), i - u(1), here), (number, row, u(indptr[number]))
+
+
+@numba.njit(cache=True, nogil=True, boundscheck=False, _nrt=False)
+def _encode_runs(
+    indptr, index, edges, labels, pixel, begin, end, pixels_, symbols, writes, escape_, scratch, place, begins
+):  # type: ignore[no-untyped-def]
+    """Write each run backwards from the end of its room in ``scratch``, two at a time."""
+    u = np.uint64
+    escape, pixels = u(escape_), u(pixels_)
+    runs = len(edges) - 1
+    for r in range(0, runs, 2):
+        other = min(r + 1, runs - 1)
+        a_left = np.int64(indptr[edges[r + 1]] - indptr[edges[r]])
+        b_left = np.int64(indptr[edges[other + 1]] - indptr[edges[other]])
+        a_first, b_first = u(edges[r]), u(edges[other])
+        a_stop, b_stop = u(indptr[edges[r]]), u(indptr[edges[other]])
+        a_top, b_top = u(place[r + 1]), u(place[other + 1])
+        a, a_frame = _begin(r, indptr, index, edges, labels, pixel, pixels, place)
+        b, b_frame = _begin(other, indptr, index, edges, labels, pixel, pixels, place)
+        if other == r:
+            b_left = np.int64(0)
+        while a_left > 0 and b_left > 0:
+            both = min(a[4] - a_frame[2], b[4] - b_frame[2])
+            for _ in range(both):
+                a = _put_next(a, a_frame[1], index, pixel, symbols, writes, escape, scratch, a_top)
+                b = _put_next(b, b_frame[1], index, pixel, symbols, writes, escape, scratch, b_top)
+            a_left -= np.int64(both)
+            b_left -= np.int64(both)
+            if a[4] == a_frame[2]:
+                a, a_frame = _put_first(
+                    a, a_frame, a_first, a_stop, indptr, index, labels, pixel, begin, end, pixels, symbols, writes,
+                    escape, scratch, a_top,
+                )  # fmt: skip
+                a_left -= np.int64(1)
             else:
-                x, count, tick = _take_tick(x, count, here, u(0))
-                gap = tick - begin[labels[frame]]
-                before = here
-                while frame > first_frame and (i == stop or indptr[frame] == i):
-                    frame -= 1
-                    gap += end[labels[frame]] - begin[labels[frame]]
-                if i > stop:
-                    row = np.int64(labels[frame]) * pixels
-                    before = pixel[row + index[i - 1]]
-                    gap -= _middle(before) - begin[labels[frame]]
-            escapes = u(0)
-            if gap >= escape:
-                escapes = gap // escape
-                gap -= escapes * escape
-            x, count, state = _put_gap(x, count, state, gap, symbols, writes)
-            x, count, o = _move(x, count, o, scratch)
-            for _ in range(escapes):
-                x, count, state = _put_gap(x, count, state, escape, symbols, writes)
-                x, count, o = _move(x, count, o, scratch)
-            if count < 8:  # take the last word back; below the first one there are zeros
-                if o < u(place[r + 1]):
-                    x |= u(scratch[o]) << u(count)
-                    o += u(1)
-                count += 32
-            here = before
-        x, count, o = _move((x << u(STATE_BITS)) | state, count + STATE_BITS, o, scratch)
-        x = ((x << u(1)) | u(1)) << u(63 - count)
-        scratch[o - u(1)] = np.uint32(x >> u(32))
-        scratch[o - u(2)] = np.uint32(x & u(0xFFFFFFFF))
-        begins[r] = np.int64(o) * 4 - ((count + 8) >> 3)
+                b, b_frame = _put_first(
+                    b, b_frame, b_first, b_stop, indptr, index, labels, pixel, begin, end, pixels, symbols, writes,
+                    escape, scratch, b_top,
+                )  # fmt: skip
+                b_left -= np.int64(1)
+        for now in range(r, other + 1):  # what is left of each
+            run, frame, left, first, stop, top = a, a_frame, a_left, a_first, a_stop, a_top
+            if now > r:
+                run, frame, left, first, stop, top = b, b_frame, b_left, b_first, b_stop, b_top
+            while left > 0:
+                if run[4] > frame[2]:
+                    run = _put_next(run, frame[1], index, pixel, symbols, writes, escape, scratch, top)
+                else:
+                    run, frame = _put_first(
+                        run, frame, first, stop, indptr, index, labels, pixel, begin, end, pixels, symbols, writes,
+                        escape, scratch, top,
+                    )  # fmt: skip
+                left -= np.int64(1)
+            x, count, o = _move((run[0] << u(STATE_BITS)) | run[3], run[1] + np.int64(STATE_BITS), run[2], scratch)
+            x = ((x << u(1)) | u(1)) << u(63 - count)
+            scratch[o - u(1)] = np.uint32(x >> u(32))
+            scratch[o - u(2)] = np.uint32(x & u(0xFFFFFFFF))
+            begins[now] = np.int64(o) * 4 - ((count + 8) >> 3)

@@ -31,7 +31,7 @@ LEAST_GAP, MOST_GAP = 11, 90
 #: What a group costs in the model [nats].
 _GROUP_COST = 1.4
 #: Models a block at most, the electrons that each of them needs, and the least electrons a frame.
-MOST_MODELS, MODEL_ELECTRONS, MODEL_FRAME_ELECTRONS = 16, 100_000, 100
+MOST_MODELS, MODEL_ELECTRONS, MODEL_FRAME_ELECTRONS = 8, 100_000, 100
 #: Frames are sorted by their counts in SIDE x SIDE regions of about as many electrons each.
 SIDE = 8
 _SAMPLE = 2048
