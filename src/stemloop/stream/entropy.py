@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from stemloop.core.errors import IntegrityError
 from stemloop.stream import intensity
 from stemloop.stream.events import EventBlock, index_dtype
-from stemloop.stream.intensity import MIDDLE_AT, PIXEL_AT, TICKS_AT
+from stemloop.stream.intensity import MIDDLE_AT, MOST_TICKS, PIXEL_AT, TICKS_AT
 
 #: The static table has 2^STATE_BITS slots.
 STATE_BITS = 12
@@ -64,7 +64,8 @@ class Static(NamedTuple):
 def static(gap: int) -> Static:
     """The table of the geometric distribution of mean 2^(gap/8)."""
     mean, size = 2 ** (gap / 8), 1 << STATE_BITS
-    escape = 64 if mean > 1000 else min(max(math.ceil(mean * math.log(1 + 1.5 * size / mean)), 8), 1000)
+    # rarely used, by no symbol of less than a slot's chance; more than half a pixel's ticks, so that who escapes leaves it
+    escape = 64 if mean > 1000 else min(max(math.ceil(mean * math.log(1 + 1.5 * size / mean)), 1 << MOST_TICKS), 1000)
     symbol = np.arange(escape + 1)
     rate = math.log1p(1 / mean)
     share = np.exp(-symbol * rate) * -math.expm1(-rate)
@@ -334,28 +335,50 @@ def _decode_runs(data, ends, place, edges, reads, escape_, ticks, labels, begin,
 
 
 # ------------------------------------------------------------------------------------------------------ encoding
-# A writer is (bits not yet moved to scratch, how many, place in scratch, state, electron, its entry in ``pixel``).
-# A frame is (number, where its pixels' entries begin, its first electron).
+# A writer is (bits not yet moved to scratch, how many, place in scratch, state, electrons not yet written (counted from
+# the block's first), entry in ``pixel`` of the last of them, the gap to write). A frame is (number, where its pixels'
+# entries begin, its first electron).
 
 
 @numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
-def _move(x, count, o, scratch):  # type: ignore[no-untyped-def]
-    """Move the 32 bits that were written first, where there are more than 39."""
-    full = np.int64(count >= 40)
-    scratch[o - np.uint64(1)] = np.uint32(x >> np.uint64((count - 32) & 63))
-    count -= full << 5
-    return x & _mask(np.uint64(count)), count, o - np.uint64(full)
-
-
-@numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
-def _put_gap(x, count, state, gap, symbols, writes):  # type: ignore[no-untyped-def]
+def _write_symbol(run, symbol, symbols, writes, scratch):  # type: ignore[no-untyped-def]
+    """Write a symbol; the 32 bits that were written first are moved away where there are more than 39."""
     u = np.uint64
-    entry = symbols[gap]
+    x, count, o, state, left, here, gap = run
+    entry = symbols[symbol]
     bits = (state + (entry & u(0xFFFFFFFF))) >> u(16)
-    full = state + u(1 << STATE_BITS)
     x = (x << bits) | (state & _mask(bits))
-    state = u(writes[(full >> bits) + (entry >> u(32)) - u(1 << STATE_BITS)])
-    return x, count + np.int64(bits), state
+    state = u(writes[((state + u(1 << STATE_BITS)) >> bits) + (entry >> u(32)) - u(1 << STATE_BITS)])
+    count += np.int64(bits)
+    full = np.int64(count >= 40)
+    scratch[o - u(1)] = np.uint32(x >> u((count - 32) & 63))
+    count -= full << np.int64(5)
+    return x & _mask(u(count)), count, o - u(full), state, left, here, gap
+
+
+@numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
+def _write_rarely(run, symbols, writes, escape, scratch, top):  # type: ignore[no-untyped-def]
+    """Write a gap that may need escapes; take the last word back where few bits are in hand."""
+    u = np.uint64
+    gap = run[6]
+    escapes = gap // escape
+    run = _write_symbol(run, gap - escapes * escape, symbols, writes, scratch)
+    for _ in range(escapes):
+        run = _write_symbol(run, escape, symbols, writes, scratch)
+    return _take_back(run, scratch, top)
+
+
+@numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
+def _take_back(run, scratch, top):  # type: ignore[no-untyped-def]
+    """Have at least _FLOOR bits in hand; below the word written first there are zeros."""
+    u = np.uint64
+    x, count, o, state, left, here, gap = run
+    if count < np.int64(_FLOOR):
+        if o < top:
+            x |= u(scratch[o]) << u(count)
+            o += u(1)
+        count += np.int64(32)
+    return x, count, o, state, left, here, gap
 
 
 @numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
@@ -378,71 +401,47 @@ def _middle(here):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
-def _put(x, count, o, state, gap, symbols, writes, escape, scratch, top):  # type: ignore[no-untyped-def]
-    """Write a gap."""
+def _place_next(run, row, index, pixel):  # type: ignore[no-untyped-def]
+    """Choose the tick of an electron that is not the first one of its frame; the gap is to be written."""
     u = np.uint64
-    escapes = u(0)
-    if gap >= escape:
-        escapes = gap // escape
-        gap -= escapes * escape
-    x, count, state = _put_gap(x, count, state, gap, symbols, writes)
-    x, count, o = _move(x, count, o, scratch)
-    for _ in range(escapes):
-        x, count, state = _put_gap(x, count, state, escape, symbols, writes)
-        x, count, o = _move(x, count, o, scratch)
-    if count < np.int64(_FLOOR):  # take the last word back; below the first one there are zeros
-        if o < top:
-            x |= u(scratch[o]) << u(count)
-            o += u(1)
-        count += np.int64(32)
-    return x, count, o, state
-
-
-@numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
-def _put_next(run, row, index, pixel, symbols, writes, escape, scratch, top):  # type: ignore[no-untyped-def]
-    """Write an electron that is not the first one of its frame."""
-    u = np.uint64
-    x, count, o, state, i, here = run
-    before = pixel[row + u(index[i - u(1)])]
+    x, count, o, state, left, here, gap = run
+    before = pixel[row + u(index[left - u(2)])]
     middle = _middle(before)
     again = u(before == here) & u(middle != (before & u(0xFFFFFFFF)))
     x, count, tick = _take_tick(x, count, here, again)
-    x, count, o, state = _put(x, count, o, state, tick - middle, symbols, writes, escape, scratch, top)
-    return x, count, o, state, i - u(1), before
+    return x, count, o, state, left - u(1), before, tick - middle
 
 
 @numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
-def _put_first(run, frame, first_frame, stop, indptr, index, labels, pixel, begin, end, pixels, symbols, writes, escape, scratch, top):  # type: ignore[no-untyped-def]
-    """Write the first electron of a frame, and go to the frame of the electron before."""
+def _place_first(run, frame, first_frame, stop, indptr, index, labels, pixel, begin, end, pixels):  # type: ignore[no-untyped-def]
+    """The same for the first electron of a frame; goes to the frame of the electron before."""
     u = np.uint64
-    x, count, o, state, i, here = run
-    number = frame[0]
+    x, count, o, state, left, here, gap = run
+    number, row, first = frame
     x, count, tick = _take_tick(x, count, here, u(0))
     gap = tick - begin[labels[number]]
-    while number > first_frame and (i == stop or u(indptr[number]) == i):
+    left -= u(1)
+    while number > first_frame and (left == stop or u(indptr[number]) == left):
         number -= u(1)
         gap += end[labels[number]] - begin[labels[number]]
     row = u(labels[number]) * pixels
-    before = here
-    if i > stop:
-        before = pixel[row + u(index[i - u(1)])]
-        gap -= _middle(before) - begin[labels[number]]
-    x, count, o, state = _put(x, count, o, state, gap, symbols, writes, escape, scratch, top)
-    return (x, count, o, state, i - u(1), before), (number, row, u(indptr[number]))
+    if left > stop:
+        here = pixel[row + u(index[left - u(1)])]
+        gap -= _middle(here) - begin[labels[number]]
+    return (x, count, o, state, left, here, gap), (number, row, u(indptr[number]))
 
 
 @numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
 def _begin(r, indptr, index, edges, labels, pixel, pixels, place):  # type: ignore[no-untyped-def]
-    """Writer and frame of a run's last electron, which stands for itself and all after it."""
     u = np.uint64
-    i, number = u(indptr[edges[r + 1]]), u(edges[r + 1] - 1)
+    left, number = u(indptr[edges[r + 1]]), u(edges[r + 1] - 1)
     here, row = u(0), u(0)
-    if i > u(indptr[edges[r]]):
-        while u(indptr[number]) == i:
+    if left > u(indptr[edges[r]]):
+        while u(indptr[number]) == left:
             number -= u(1)
         row = u(labels[number]) * pixels
-        here = pixel[row + u(index[i - u(1)])]
-    return (u(0), np.int64(_FLOOR), u(place[r + 1]), u(0), i - u(1), here), (number, row, u(indptr[number]))
+        here = pixel[row + u(index[left - u(1)])]
+    return (u(0), np.int64(_FLOOR), u(place[r + 1]), u(0), left, here, u(0)), (number, row, u(indptr[number]))
 
 
 @numba.njit(cache=True, nogil=True, boundscheck=False, _nrt=False)
@@ -455,48 +454,65 @@ def _encode_runs(
     runs = len(edges) - 1
     for r in range(0, runs, 2):
         other = min(r + 1, runs - 1)
-        a_left = np.int64(indptr[edges[r + 1]] - indptr[edges[r]])
-        b_left = np.int64(indptr[edges[other + 1]] - indptr[edges[other]])
         a_first, b_first = u(edges[r]), u(edges[other])
         a_stop, b_stop = u(indptr[edges[r]]), u(indptr[edges[other]])
         a_top, b_top = u(place[r + 1]), u(place[other + 1])
         a, a_frame = _begin(r, indptr, index, edges, labels, pixel, pixels, place)
         b, b_frame = _begin(other, indptr, index, edges, labels, pixel, pixels, place)
         if other == r:
-            b_left = np.int64(0)
-        while a_left > 0 and b_left > 0:
-            both = min(a[4] - a_frame[2], b[4] - b_frame[2])
-            for _ in range(both):
-                a = _put_next(a, a_frame[1], index, pixel, symbols, writes, escape, scratch, a_top)
-                b = _put_next(b, b_frame[1], index, pixel, symbols, writes, escape, scratch, b_top)
-            a_left -= np.int64(both)
-            b_left -= np.int64(both)
-            if a[4] == a_frame[2]:
-                a, a_frame = _put_first(
-                    a, a_frame, a_first, a_stop, indptr, index, labels, pixel, begin, end, pixels, symbols, writes,
-                    escape, scratch, a_top,
-                )  # fmt: skip
-                a_left -= np.int64(1)
-            else:
-                b, b_frame = _put_first(
-                    b, b_frame, b_first, b_stop, indptr, index, labels, pixel, begin, end, pixels, symbols, writes,
-                    escape, scratch, b_top,
-                )  # fmt: skip
-                b_left -= np.int64(1)
-        for now in range(r, other + 1):  # what is left of each
-            run, frame, left, first, stop, top = a, a_frame, a_left, a_first, a_stop, a_top
-            if now > r:
-                run, frame, left, first, stop, top = b, b_frame, b_left, b_first, b_stop, b_top
-            while left > 0:
-                if run[4] > frame[2]:
-                    run = _put_next(run, frame[1], index, pixel, symbols, writes, escape, scratch, top)
+            b_stop = b[4]
+        while a[4] > a_stop and b[4] > b_stop:  # both at once, until one leaves its frame
+            away = 0
+            for _ in range(min(a[4] - a_frame[2], b[4] - b_frame[2]) - u(1)):
+                a = _place_next(a, a_frame[1], index, pixel)
+                if a[6] >= escape:
+                    away = 1
+                    break
+                a = _write_symbol(a, a[6], symbols, writes, scratch)
+                b = _place_next(b, b_frame[1], index, pixel)
+                if b[6] >= escape:
+                    away = 2
+                    break
+                b = _write_symbol(b, b[6], symbols, writes, scratch)
+                if min(a[1], b[1]) < _FLOOR:
+                    away = 3
+                    break
+            if away == 1:
+                a = _write_rarely(a, symbols, writes, escape, scratch, a_top)
+            elif away == 2:
+                b = _write_rarely(b, symbols, writes, escape, scratch, b_top)
+            elif away == 0:
+                if a[4] - u(1) == a_frame[2]:
+                    a, a_frame = _place_first(
+                        a, a_frame, a_first, a_stop, indptr, index, labels, pixel, begin, end, pixels
+                    )
+                    a = _write_rarely(a, symbols, writes, escape, scratch, a_top)
                 else:
-                    run, frame = _put_first(
-                        run, frame, first, stop, indptr, index, labels, pixel, begin, end, pixels, symbols, writes,
-                        escape, scratch, top,
-                    )  # fmt: skip
-                left -= np.int64(1)
-            x, count, o = _move((run[0] << u(STATE_BITS)) | run[3], run[1] + np.int64(STATE_BITS), run[2], scratch)
+                    b, b_frame = _place_first(
+                        b, b_frame, b_first, b_stop, indptr, index, labels, pixel, begin, end, pixels
+                    )
+                    b = _write_rarely(b, symbols, writes, escape, scratch, b_top)
+            a = _take_back(a, scratch, a_top)
+            b = _take_back(b, scratch, b_top)
+        for now in range(r, other + 1):  # what is left of each
+            run, frame, first, stop, top = a, a_frame, a_first, a_stop, a_top
+            if now > r:
+                run, frame, first, stop, top = b, b_frame, b_first, b_stop, b_top
+            while run[4] > stop:
+                if run[4] - u(1) > frame[2]:
+                    run = _place_next(run, frame[1], index, pixel)
+                else:
+                    run, frame = _place_first(
+                        run, frame, first, stop, indptr, index, labels, pixel, begin, end, pixels
+                    )
+                run = _write_rarely(run, symbols, writes, escape, scratch, top)
+            count = run[1] + np.int64(STATE_BITS)
+            x = (run[0] << u(STATE_BITS)) | run[3]
+            o = run[2]
+            if count >= 40:
+                scratch[o - u(1)] = np.uint32(x >> u(count - 32))
+                count -= np.int64(32)
+                o -= u(1)
             x = ((x << u(1)) | u(1)) << u(63 - count)
             scratch[o - u(1)] = np.uint32(x >> u(32))
             scratch[o - u(2)] = np.uint32(x & u(0xFFFFFFFF))

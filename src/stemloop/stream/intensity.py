@@ -6,7 +6,7 @@ alike (time rescaling: E. N. Brown et al., Neural Comput. 14, 325 (2002), doi:10
 is the one that makes code and model together shortest, found by dynamic programming (minimum description length:
 J. Rissanen, Automatica 14, 465 (1978), doi:10.1016/0005-1098(78)90005-5).
 
-Patterns vary over a scan. Where there are enough electrons, frames are sorted by likelihood among up to 16 models.
+Patterns vary over a scan. Where there are enough electrons, frames are sorted by likelihood among up to MOST_MODELS models.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ WANTED_TICKS = 8192
 LEAST_GAP, MOST_GAP = 11, 90
 #: What a group costs in the model [nats].
 _GROUP_COST = 1.4
+#: What it costs that the order of electrons in one tick is written, in electrons a tick [nats an electron].
+_SAME_TICK_COST = 0.35
 #: Models a block at most, the electrons that each of them needs, and the least electrons a frame.
-MOST_MODELS, MODEL_ELECTRONS, MODEL_FRAME_ELECTRONS = 8, 100_000, 100
+MOST_MODELS, MODEL_ELECTRONS, MODEL_FRAME_ELECTRONS = 8, 500_000, 100
 #: Frames are sorted by their counts in SIDE x SIDE regions of about as many electrons each.
 SIDE = 8
-_SAMPLE = 2048
+_SAMPLE = 1024
 #: A tick's entry: pixels of the group (log2) | ticks << 4 | (middle - tick + 31) << 7 | first pixel << 13.
 TICKS_AT, MIDDLE_AT, PIXEL_AT = 4, 7, 13
 _LEFT = 31
@@ -67,21 +69,24 @@ def fit(events: EventBlock) -> Models:
     one = np.zeros(frames, np.uint8)
     if electrons == 0:
         return Models(_divide(np.zeros(pixels), 0.0, 1 / MOST_GAP)[0], one, 1, 0)
-    total = events.total().ravel()
     gap = min(max(WANTED_TICKS * frames / electrons, LEAST_GAP), MOST_GAP)
-    best = _models(total[None].astype(np.float64), one, gap, electrons)
-    while gap > 1:  # a bright pixel may want more ticks than it can have
-        wider = _models(total[None].astype(np.float64), one, gap / 2, electrons)
-        if wider[1] >= best[1]:
-            break
-        best, gap = wider, gap / 2
     count = min(MOST_MODELS, 1 << int(math.log2(max(electrons / MODEL_ELECTRONS, 1))))
-    if count > 1 and electrons >= MODEL_FRAME_ELECTRONS * frames:
-        labels = _sort(events, total, count)
-        counts = np.zeros((count, pixels))
-        _add_up(events.indptr, events.index, labels, counts)
-        several = _models(counts, labels, gap, electrons)
-        best = min(best, several, key=lambda found: found[1])
+    if electrons < MODEL_FRAME_ELECTRONS * frames:
+        count = 1
+    labels = one if count == 1 else _sort(events, count)
+    counts = np.zeros((count, pixels))
+    _add_up(events.indptr, events.index, labels, counts)
+    total = counts.sum(axis=0)[None]
+    best = _models(total, one, gap, electrons)
+    wider = gap
+    while wider > 1:  # a bright pixel may want more ticks than it can have
+        wider /= 2
+        coarser = _models(total, one, wider, electrons)
+        if coarser[1] >= best[1]:
+            break
+        best, gap = coarser, wider
+    if count > 1:
+        best = min(best, _models(counts, labels, gap, electrons), key=lambda found: found[1])
     return best[0]
 
 
@@ -93,6 +98,7 @@ def _models(counts: NDArray[np.float64], labels: NDArray[np.uint8], gap: float, 
     ticks = sum(number * _ticks(groups) for number, (groups, _) in zip(frames, divided, strict=True))
     share = frames[frames > 0] / frames.sum()
     cost = sum(cost for _, cost in divided) - frames.sum() * float(share @ np.log(share))
+    cost += _SAME_TICK_COST * rate * electrons
     mean = max(ticks / electrons - 0.5, 1.0)
     models = Models(np.concatenate([g for g, _ in divided]), labels, len(counts), min(round(8 * math.log2(mean)), 320))
     return models, float(cost)
@@ -110,7 +116,7 @@ def _scale(counts: NDArray[np.float64], frames: NDArray[np.float64], gap: float)
     while counts.sum() < 32 * counts.size / width and 2 * width <= counts.shape[1]:
         width *= 2
     cut = counts.shape[1] - counts.shape[1] % width
-    blocks = counts[:, :cut].reshape(len(counts), -1, width).sum(axis=2)
+    blocks = counts[:, :cut].reshape(len(counts), -1, width).sum(axis=2)[:, :: 1 + counts.size // 65536]
     expected = np.log2(np.maximum(blocks, 1) * gap / np.maximum(frames, 1)[:, None])
     parts = np.bincount((np.floor(expected * 32).astype(np.int64) % 32).ravel(), blocks.ravel(), 32)
     shifts = np.arange(-4, 4) / 8
@@ -119,11 +125,11 @@ def _scale(counts: NDArray[np.float64], frames: NDArray[np.float64], gap: float)
     return float(2 ** shifts[np.argmin((np.exp(off) - 1 - off) @ parts)])
 
 
-def _sort(events: EventBlock, total: NDArray[Any], count: int) -> NDArray[np.uint8]:
+def _sort(events: EventBlock, count: int) -> NDArray[np.uint8]:
     """(frames,): labels below ``count`` (a power of two) of frames whose patterns are alike.
 
     Poisson likelihoods of the counts in coarse regions, from a start along the principal components."""
-    image = total.reshape(events.shape).astype(np.float64)
+    image = events[: -(-events.frames // 8)].total().astype(np.float64)
     cuts = [np.minimum((np.cumsum(side) / side.sum() * SIDE).astype(np.int64), SIDE - 1)
             for side in (image.sum(axis=1), image.sum(axis=0))]  # fmt: skip
     region = (cuts[0][:, None] * SIDE + cuts[1]).astype(np.uint8).ravel()
@@ -138,7 +144,7 @@ def _sort(events: EventBlock, total: NDArray[Any], count: int) -> NDArray[np.uin
     for bit in range(count.bit_length() - 1):
         along = spread @ components[:, -1 - bit]
         labels = 2 * labels + (along > np.median(along))
-    for _ in range(8):
+    for _ in range(6):
         members = np.zeros((count, len(some)), np.float32)
         members[labels, np.arange(len(some))] = 1
         centres = members @ some + 20 * mean / mean.sum() + 1e-3
