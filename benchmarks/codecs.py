@@ -78,7 +78,7 @@ def measure(electrons: int) -> dict:
     pixels = events.shape[0] * events.shape[1]
     _, decoding = best(lambda: entropy.decode(words, ends, sizes, models, pixels, per_run), 5)
     row["entropy_kernels"] = {
-        "models": models.count,
+        "models": models.number,
         "fitted_ms": fitting * 1e3,
         "bits_an_electron": 8 * len(words) / number,
         "encoded_Me_per_s": number / encoding / 1e6,

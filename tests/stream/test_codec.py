@@ -122,7 +122,7 @@ def test_frames_of_several_patterns_have_several_models(monkeypatch):
     frames, which, rates = two_patterns(2000, 110, np.random.default_rng(7))
     events = EventBlock.from_dense(frames).single()
     models = intensity.fit(events)
-    assert models.count == 4
+    assert models.number == 4
     of_first = [set(models.labels[which == n]) for n in (0, 1)]
     assert not of_first[0] & of_first[1]
     data = codec.encode(events, "intensity")
@@ -139,14 +139,16 @@ def test_made_up_sections_of_several_models(monkeypatch):
     monkeypatch.setattr(intensity, "MODEL_ELECTRONS", 5_000)
     frames, _, _ = two_patterns(200, 110, np.random.default_rng(8))
     block = EventBlock.from_dense(frames).single()
-    assert intensity.fit(block).count > 1
+    assert intensity.fit(block).number > 1
     check_made_up_sections("intensity", block, 300)
 
 
 def test_random_bytes_in_place_of_electrons_stay_inside():
     # the reader's own bounds hold where nothing of what it reads is right
     rng = np.random.default_rng(9)
-    events = EventBlock.from_dense(rng.poisson(0.3 * rng.gamma(0.2, 5.0, (20, 30)), (60, 20, 30)).astype(np.uint8)).single()
+    events = EventBlock.from_dense(
+        rng.poisson(0.3 * rng.gamma(0.2, 5.0, (20, 30)), (60, 20, 30)).astype(np.uint8)
+    ).single()
     models, per_run = intensity.fit(events), 7
     data, ends = entropy.encode(events, models, per_run)
     sizes = np.diff(events.indptr[entropy.run_edges(60, per_run)])

@@ -275,9 +275,9 @@ def _write_intensity(block: Block) -> tuple[list[Any], dict[str, Any]]:
     sizes, kind = _small(np.diff(events.indptr[entropy.run_edges(events.frames, per_run)]))
     fields = {
         "sizes_type": kind, "lengths_type": length_kind, "per_run": per_run, "version": _INTENSITY_VERSION,
-        "groups": len(models.groups), "models": models.count, "gap": models.gap,
+        "groups": len(models.groups), "models": models.number, "gap": models.gap,
     }  # fmt: skip
-    labels = _zstd().compress(models.labels.data) if models.count > 1 else b""
+    labels = _zstd().compress(models.labels.data) if models.number > 1 else b""
     return [_zstd().compress(models.groups.data), labels, lengths, sizes, data], fields
 
 

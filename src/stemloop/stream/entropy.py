@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import types
 from numba.core.extending import intrinsic
 from numpy.typing import NDArray
@@ -47,10 +47,12 @@ _FLOOR = 8
 
 
 class Static(NamedTuple):
-    """The table of one mean gap. ``escape``: the symbol that stands for at least as many ticks; ``slots``: how many each
-    symbol has; ``reads`` (2^STATE_BITS,): bits to read | state before them << 4 | symbol << 16, and the same in 32 bits for
-    frames of less ticks than the escape's symbol there; ``writes``: the state
-    after a symbol; ``symbols`` (escape + 1,): what makes bits and place in ``writes`` out of a state, in two halves."""
+    """The table of one mean gap.
+
+    ``escape``: the symbol that stands for at least as many ticks; ``slots``: how many each symbol has;
+    ``reads`` (2^STATE_BITS,): bits to read | state before them << 4 | symbol << 16, and the same in 32 bits for frames
+    of less ticks than the escape's symbol there; ``writes``: the state after a symbol; ``symbols`` (escape + 1,): what
+    makes bits and place in ``writes`` out of a state, in two halves."""
 
     escape: int
     slots: NDArray[np.int64]
@@ -64,7 +66,7 @@ class Static(NamedTuple):
 def static(gap: int) -> Static:
     """The table of the geometric distribution of mean 2^(gap/8)."""
     mean, size = 2 ** (gap / 8), 1 << STATE_BITS
-    # rarely used, by no symbol of less than a slot's chance; more than half a pixel's ticks, so that who escapes leaves it
+    # symbols below have most of a slot's chance; more than half a pixel's ticks, so that who escapes leaves the pixel
     escape = 64 if mean > 1000 else min(max(math.ceil(mean * math.log(1 + 1.5 * size / mean)), 1 << MOST_TICKS), 1000)
     symbol = np.arange(escape + 1)
     rate = math.log1p(1 / mean)
@@ -103,9 +105,7 @@ def run_edges(frames: int, per_run: int) -> NDArray[np.int64]:
     return np.minimum(np.arange(-(-frames // per_run) + 1) * per_run, frames)
 
 
-def encode(
-    events: EventBlock, models: intensity.Models, per_run: int
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def encode(events: EventBlock, models: intensity.Models, per_run: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """``(data, ends)`` of events without counts apart: all runs' bytes with PADDING, where each begins (runs + 1,)."""
     pixels = events.shape[0] * events.shape[1]
     table, code = intensity.tables(models, pixels), static(models.gap)
@@ -154,7 +154,10 @@ def decode(
     return indptr, index
 
 
-@intrinsic
+# The kernels are compiled without numba's reference counts (_nrt), which it would else take for every electron.
+
+
+@intrinsic  # type: ignore[call-arg]
 def _eight_bytes(typing, array, at):  # type: ignore[no-untyped-def]
     """Bytes ``at`` .. ``at + 7`` of ``array`` as one number, the first one lowest."""
 
@@ -172,17 +175,18 @@ def _mask(bits):  # type: ignore[no-untyped-def]
 
 
 # ------------------------------------------------------------------------------------------------------ decoding
-# A reader is (bits in hand, how many of them are counted, next byte, state, tick that the gap counts from, log2 ticks of
-# the pixel before, place in index, last gap). Above the counted bits are those that follow in the data, or zeros.
+# A reader is (bits in hand, how many of them are counted, next byte, state, tick that the gap counts from, log2 ticks
+# of the pixel before, place in index, last gap). Above the counted bits are those that follow in the data, or zeros.
 # A frame is (end of its ticks, number, last one of the run).
 
 
 @numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
 def _fill(run, data, limit):  # type: ignore[no-untyped-def]
-    """Count 49 to 56 bits: enough for two electrons, which take 24 bits each at most and put 7 back together. Damaged runs end
-    at ``limit``."""
+    """Count 49 to 56 bits: enough for two electrons, which take 24 bits each at most and put 7 back together.
+
+    Damaged runs end at ``limit``."""
     x, counted, at, state, tick, log_ticks, place, gap = run
-    x |= _eight_bytes(data, at) << np.uint64(counted)
+    x |= _eight_bytes(data, at) << np.uint64(counted)  # type: ignore[call-arg]
     more = (np.int64(56) - counted) >> np.int64(3)
     return x, counted + (more << np.int64(3)), min(at + np.uint64(more), limit), state, tick, log_ticks, place, gap
 
@@ -270,7 +274,9 @@ def _close(r, run, frame, place, ends, indptr):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True, boundscheck=False, _nrt=False)
-def _decode_runs(data, ends, place, edges, reads, escape_, ticks, labels, begin, end, indptr, index):  # type: ignore[no-untyped-def]
+def _decode_runs(  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915 - one loop nest, compiled
+    data, ends, place, edges, reads, escape_, ticks, labels, begin, end, indptr, index
+):
     u = np.uint64
     limit, escape = u(len(data) - 8), u(escape_)
     runs = len(ends) - 1
@@ -311,13 +317,9 @@ def _decode_runs(data, ends, place, edges, reads, escape_, ticks, labels, begin,
             a = _fill(a, data, limit)
             b = _fill(b, data, limit)
             if away == 1:
-                a, a_frame = _onward(
-                    a, a_frame, data, limit, reads, escape, ticks, labels, begin, end, indptr, index
-                )
+                a, a_frame = _onward(a, a_frame, data, limit, reads, escape, ticks, labels, begin, end, indptr, index)
             elif away == 2:
-                b, b_frame = _onward(
-                    b, b_frame, data, limit, reads, escape, ticks, labels, begin, end, indptr, index
-                )
+                b, b_frame = _onward(b, b_frame, data, limit, reads, escape, ticks, labels, begin, end, indptr, index)
             else:
                 break
         for r_now in range(r, other + 1):  # what is left of each
@@ -359,7 +361,6 @@ def _write_symbol(run, symbol, symbols, writes, scratch):  # type: ignore[no-unt
 @numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")
 def _write_rarely(run, symbols, writes, escape, scratch, top):  # type: ignore[no-untyped-def]
     """Write a gap that may need escapes; take the last word back where few bits are in hand."""
-    u = np.uint64
     gap = run[6]
     escapes = gap // escape
     run = _write_symbol(run, gap - escapes * escape, symbols, writes, scratch)
@@ -404,7 +405,7 @@ def _middle(here):  # type: ignore[no-untyped-def]
 def _place_next(run, row, index, pixel):  # type: ignore[no-untyped-def]
     """Choose the tick of an electron that is not the first one of its frame; the gap is to be written."""
     u = np.uint64
-    x, count, o, state, left, here, gap = run
+    x, count, o, state, left, here, _ = run
     before = pixel[row + u(index[left - u(2)])]
     middle = _middle(before)
     again = u(before == here) & u(middle != (before & u(0xFFFFFFFF)))
@@ -417,7 +418,7 @@ def _place_first(run, frame, first_frame, stop, indptr, index, labels, pixel, be
     """The same for the first electron of a frame; goes to the frame of the electron before."""
     u = np.uint64
     x, count, o, state, left, here, gap = run
-    number, row, first = frame
+    number = frame[0]
     x, count, tick = _take_tick(x, count, here, u(0))
     gap = tick - begin[labels[number]]
     left -= u(1)
@@ -445,9 +446,9 @@ def _begin(r, indptr, index, edges, labels, pixel, pixels, place):  # type: igno
 
 
 @numba.njit(cache=True, nogil=True, boundscheck=False, _nrt=False)
-def _encode_runs(
+def _encode_runs(  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912, PLR0915 - one loop nest, compiled
     indptr, index, edges, labels, pixel, begin, end, pixels_, symbols, writes, escape_, scratch, place, begins
-):  # type: ignore[no-untyped-def]
+):
     """Write each run backwards from the end of its room in ``scratch``, two at a time."""
     u = np.uint64
     escape, pixels = u(escape_), u(pixels_)
@@ -502,9 +503,7 @@ def _encode_runs(
                 if run[4] - u(1) > frame[2]:
                     run = _place_next(run, frame[1], index, pixel)
                 else:
-                    run, frame = _place_first(
-                        run, frame, first, stop, indptr, index, labels, pixel, begin, end, pixels
-                    )
+                    run, frame = _place_first(run, frame, first, stop, indptr, index, labels, pixel, begin, end, pixels)
                 run = _write_rarely(run, symbols, writes, escape, scratch, top)
             count = run[1] + np.int64(STATE_BITS)
             x = (run[0] << u(STATE_BITS)) | run[3]

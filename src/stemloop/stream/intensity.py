@@ -6,7 +6,8 @@ alike (time rescaling: E. N. Brown et al., Neural Comput. 14, 325 (2002), doi:10
 is the one that makes code and model together shortest, found by dynamic programming (minimum description length:
 J. Rissanen, Automatica 14, 465 (1978), doi:10.1016/0005-1098(78)90005-5).
 
-Patterns vary over a scan. Where there are enough electrons, frames are sorted by likelihood among up to MOST_MODELS models.
+Patterns vary over a scan. Where there are enough electrons, frames are sorted by likelihood among up to
+MOST_MODELS models.
 """
 
 from __future__ import annotations
@@ -44,17 +45,17 @@ _LEFT = 31
 
 class Models(NamedTuple):
     """``groups``: one byte a group of all models in turn, c, or MOST_TICKS + r; ``labels`` (frames,): each frame's
-    model; ``count``: number of models; ``gap``: the mean gap is 2^(gap/8) ticks."""
+    model; ``number`` of models; ``gap``: the mean gap is 2^(gap/8) ticks."""
 
     groups: NDArray[np.uint8]
     labels: NDArray[np.uint8]
-    count: int
+    number: int
     gap: int
 
 
 class Tables(NamedTuple):
     """Models ready for the kernels: an entry for each tick of all models, where the ticks of each begin and end,
-    and (pixels of all models,) first tick | ticks << 32 | pixels of the group << 36 | place in it << 40 (logarithms)."""
+    and (pixels of all models,) first tick | log2 ticks << 32 | log2 pixels of the group << 36 | place in it << 40."""
 
     ticks: NDArray[Any]
     begin: NDArray[np.uint64]
@@ -160,18 +161,18 @@ def tables(models: Models, pixels: int) -> Tables:
     good = len(groups) and int(groups.max()) <= MOST_TICKS + MOST_PIXELS
     sizes = np.where(groups <= MOST_TICKS, 0, groups.astype(np.int64) - MOST_TICKS)
     ends = np.cumsum(1 << sizes) if good else np.zeros(1, np.int64)
-    last = np.searchsorted(ends, np.arange(1, models.count + 1) * pixels)
+    last = np.searchsorted(ends, np.arange(1, models.number + 1) * pixels)
     if (
         not good
-        or ends[-1] != models.count * pixels
-        or not np.array_equal(ends[last], np.arange(1, models.count + 1) * pixels)
-        or int(models.labels.max(initial=0)) >= models.count
+        or ends[-1] != models.number * pixels
+        or not np.array_equal(ends[last], np.arange(1, models.number + 1) * pixels)
+        or int(models.labels.max(initial=0)) >= models.number
     ):
         raise IntegrityError("the model of an entropy-coded block is damaged; ask its sender for the block again.")
     own = 1 << np.where(groups <= MOST_TICKS, groups, 0).astype(np.int64)
     end = np.cumsum(own)[last]
     ticks = np.empty(int(end[-1]), np.uint32 if pixels < 1 << (32 - PIXEL_AT) else np.uint64)
-    pixel = np.empty(models.count * pixels, np.uint64)
+    pixel = np.empty(models.number * pixels, np.uint64)
     _lay_out(groups, pixels, ticks, pixel)
     return Tables(ticks, np.concatenate([[0], end[:-1]]).astype(np.uint64), end.astype(np.uint64), pixel)
 
@@ -181,8 +182,8 @@ def _lay_out(groups, pixels, ticks, pixel):  # type: ignore[no-untyped-def]
     t = 0
     p = 0
     for group in groups:
-        c = np.int64(group) if group <= MOST_TICKS else 0
-        r = np.int64(group) - MOST_TICKS if group > MOST_TICKS else 0
+        c = int(group) if group <= MOST_TICKS else 0
+        r = int(group) - MOST_TICKS if group > MOST_TICKS else 0
         middle = t + ((1 << c) >> 1)
         for at in range(t, t + (1 << c)):
             ticks[at] = (p % pixels) << PIXEL_AT | (middle - at + _LEFT) << MIDDLE_AT | c << TICKS_AT | r
@@ -225,7 +226,7 @@ def _divide(counts, frames, rate):  # type: ignore[no-untyped-def]
     p = 0
     while p < pixels:
         groups[number] = choice[p]
-        p += 1 << max(np.int64(choice[p]) - MOST_TICKS, 0)
+        p += 1 << (int(choice[p]) - MOST_TICKS if choice[p] > MOST_TICKS else 0)
         number += 1
     return groups[:number].copy(), best[0]
 
