@@ -19,7 +19,7 @@ from pathlib import Path
 import counted_data
 import numpy as np
 
-from stemloop.stream import codec, entropy
+from stemloop.stream import codec, entropy, intensity
 from stemloop.stream.codec import CODECS
 from stemloop.stream.dense import DenseBlock
 from stemloop.stream.events import EventBlock
@@ -53,7 +53,7 @@ def measure(electrons: int) -> dict:
         if name == "bitplanes":
             continue
         block = dense if name.startswith("bit") else events
-        repeats = 2 if block is dense else 5
+        repeats = 2 if block is dense else 9
         one.encode(block[:512])  # compiles
         data, encoding = best(lambda one=one, block=block: one.encode(block), repeats)
         again, decoding = best(lambda one=one, data=data: one.decode(data), repeats)
@@ -71,12 +71,16 @@ def measure(electrons: int) -> dict:
             "decoded_Me_per_s": number / decoding / 1e6,
             "one_frame_ms": single * 1e3,
         }
-    per_run, model = entropy.run_frames(events), entropy.fit(events.total(), events.frames)
-    (words, ends), encoding = best(lambda: entropy.encode(events, model, per_run), 5)
+    per_run = entropy.run_frames(events)
+    models, fitting = best(lambda: intensity.fit(events), 5)
+    (words, ends), encoding = best(lambda: entropy.encode(events, models, per_run), 5)
     sizes = np.diff(events.indptr[entropy.run_edges(FRAMES, per_run)])
-    _, decoding = best(lambda: entropy.decode(words, ends, sizes, model, FRAMES, per_run), 5)
+    pixels = events.shape[0] * events.shape[1]
+    _, decoding = best(lambda: entropy.decode(words, ends, sizes, models, pixels, per_run), 5)
     row["entropy_kernels"] = {
-        "bits_an_electron": 32 * len(words) / number,
+        "models": models.number,
+        "fitted_ms": fitting * 1e3,
+        "bits_an_electron": 8 * len(words) / number,
         "encoded_Me_per_s": number / encoding / 1e6,
         "decoded_Me_per_s": number / decoding / 1e6,
     }

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from stemloop.core.errors import InputError, IntegrityError
 from stemloop.core.protocols import Block
-from stemloop.stream import entropy
+from stemloop.stream import entropy, intensity
 from stemloop.stream.dense import DenseBlock, as_counts
 from stemloop.stream.events import EventBlock, index_dtype
 from stemloop.stream.gaps import GapBlock
@@ -41,6 +41,8 @@ MAGIC = b"SLB1"
 _LEAD = struct.Struct("<4sII")
 #: Bytes of plain frames that the dense codecs compress at a time.
 CHUNK_BYTES = 1 << 20
+#: Of how the codec ``intensity`` writes.
+_INTENSITY_VERSION = 2
 #: Frames whose size is measured to choose a codec.
 SAMPLE_FRAMES = 256
 
@@ -266,32 +268,50 @@ def _write_intensity(block: Block) -> tuple[list[Any], dict[str, Any]]:
             "the intensity codec is for sparse frames, of less than 4 electrons a pixel; choose another one."
         )
     events = events.single()
-    model = entropy.fit(events.total(), events.frames)
+    models = intensity.fit(events)
     per_run = entropy.run_frames(events)
-    words, ends = entropy.encode(events, model, per_run)
+    data, ends = entropy.encode(events, models, per_run)
     lengths, length_kind = _small(np.diff(ends))
     sizes, kind = _small(np.diff(events.indptr[entropy.run_edges(events.frames, per_run)]))
-    fields = {"sizes_type": kind, "lengths_type": length_kind, "per_run": per_run, "low_bits": model.low_bits}
-    return [_zstd().compress(model.grade.data), lengths, sizes, words], fields
+    fields = {
+        "sizes_type": kind, "lengths_type": length_kind, "per_run": per_run, "version": _INTENSITY_VERSION,
+        "groups": len(models.groups), "models": models.number, "gap": models.gap,
+    }  # fmt: skip
+    labels = _zstd().compress(models.labels.data) if models.number > 1 else b""
+    return [_zstd().compress(models.groups.data), labels, lengths, sizes, data], fields
 
 
 def _intensity_runs(found: Parts, first: int, stop: int) -> EventBlock:
     """The frames of runs ``first`` .. ``stop``."""
-    per_run = int(found.fields["per_run"])
+    if found.fields.get("version") != _INTENSITY_VERSION:
+        raise InputError(
+            f"this block was written by another version of the codec 'intensity' than {_INTENSITY_VERSION}; "
+            "read it with the stemloop that wrote it."
+        )
+    per_run, count, gap = (int(found.fields[name]) for name in ("per_run", "models", "gap"))
     edges = entropy.run_edges(found.frames, per_run)
-    grade = np.frombuffer(_unzstd(found.sections[0], found.pixels), np.uint8)
-    ends = _ends(found, 1, found.fields["lengths_type"], len(edges) - 1)
-    place = _ends(found, 2, found.fields["sizes_type"], len(edges) - 1)
-    words = found.array(3, "u4")
-    if ends[-1] != len(words) or np.any(np.diff(ends) < 2) or place[-1] > 4 * found.frames * found.pixels:
-        raise _damaged("its runs do not fit its words")
+    groups = np.frombuffer(_unzstd(found.sections[0], int(found.fields["groups"])), np.uint8)
+    labels = np.zeros(found.frames, np.uint8)
+    if count > 1:
+        labels = np.frombuffer(_unzstd(found.sections[1], found.frames), np.uint8)
+    ends = _ends(found, 2, found.fields["lengths_type"], len(edges) - 1)
+    place = _ends(found, 3, found.fields["sizes_type"], len(edges) - 1)
+    data = found.array(4, "u1")
+    if (
+        ends[-1] + entropy.PADDING != len(data)
+        or place[-1] > 4 * found.frames * found.pixels
+        or not 1 <= count <= intensity.MOST_MODELS
+        or not 0 <= gap <= entropy.MOST_GAP
+        or len(groups) > count * found.pixels
+    ):
+        raise _damaged("its runs do not fit its bytes")
     own = ends[first : stop + 1]
     indptr, index = entropy.decode(
-        words[own[0] : own[-1]],
+        data[own[0] : own[-1] + entropy.PADDING],
         own - own[0],
         np.diff(place[first : stop + 1]),
-        entropy.Model(grade, int(found.fields["low_bits"])),
-        int(edges[stop] - edges[first]),
+        intensity.Models(groups, labels[edges[first] : edges[stop]], count, gap),
+        found.pixels,
         per_run,
     )
     return EventBlock(indptr, index, found.shape, trusted=True)
