@@ -5,6 +5,7 @@ import pytest
 
 from stemloop.stream import lanes
 from stemloop.stream import masks as m
+from stemloop.stream.dense import DenseBlock
 from stemloop.stream.events import EventBlock
 from stemloop.stream.gaps import GapBlock
 
@@ -49,6 +50,22 @@ def test_sums_are_those_of_the_frames(shape, wide, monkeypatch):
         np.testing.assert_array_equal(form.moments(), wanted[:, [1, 2, 0]])
         np.testing.assert_array_equal(form[3:9].dot(masks), wanted[3:9])
         np.testing.assert_array_equal(form[2:2].dot(masks), wanted[2:2])
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (256, 256), (5, 128), (9, 384)], ids=str)
+def test_plain_frames_in_strips(shape, monkeypatch):
+    """Full frames (65535 everywhere) are the largest sums; the lanes and the plain loops agree with whole numbers."""
+    rng = np.random.default_rng(shape[0])
+    frames = rng.integers(0, 65536, (3, *shape)).astype(np.uint16)
+    frames[1] = 65535
+    masks = masks_of(shape, rng)
+    wanted = np.einsum("fyx,kyx->fk", frames.astype(np.int64), masks)
+    for ready in {lanes.READY, False}:
+        monkeypatch.setattr(lanes, "READY", ready)
+        block = DenseBlock(frames)
+        np.testing.assert_array_equal(block.dot(masks), wanted)
+        np.testing.assert_array_equal(block.dot(masks[6:8]), wanted[:, 6:8])
+        np.testing.assert_array_equal(block.moments(), wanted[:, [1, 2, 0]])
 
 
 def test_runs_say_where_a_mask_is_one():

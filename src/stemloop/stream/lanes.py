@@ -53,7 +53,9 @@ def runs(mask: NDArray[Any]) -> NDArray[np.uint8] | None:
     inside[:, 1:-1] = mask != 0
     if not np.array_equal(mask, inside[:, 1:-1]):
         return None
-    edges = np.flatnonzero(inside[:, 1:] != inside[:, :-1])  # begin and end by turns, as each row begins and ends outside
+    edges = np.flatnonzero(
+        inside[:, 1:] != inside[:, :-1]
+    )  # begin and end by turns, as each row begins and ends outside
     (row, first), length = np.divmod(edges[::2], columns + 1), edges[1::2] - edges[::2]
     second = np.diff(row, prepend=-1) == 0
     if np.any(second[1:] & second[:-1]):
@@ -246,7 +248,7 @@ def _sum_gaps(ends, gaps, table, bits, small, electrons, down, across, under):  
 
 def dot(
     ends: NDArray[np.int64],
-    items: NDArray[np.uint16] | NDArray[np.uint8],
+    items: NDArray[Any],
     masks: NDArray[Any],
     others: Callable[[NDArray[Any]], NDArray[np.float64]],
 ) -> NDArray[np.float64] | None:
