@@ -1,8 +1,8 @@
 """A DM4 stack of 2 GB to one sealed HDF5 file: ``python benchmarks/convert.py [FOLDER]``.
 
-The stack is written here, tag by tag. The disk's bandwidth is measured in the same run: as many bytes written in
-pieces of 4 MB and flushed. Memory is the child's and parent's largest resident size without mapped pages of files
-(``RssAnon``), and with them (``VmHWM``).
+The stack is written here, tag by tag. The disk's bandwidth is measured before and after each conversion: as many bytes
+as the stack has, written in pieces of 4 MB and flushed, as the converted file is. Memory is the child's and parent's
+largest resident size without mapped pages of files (``RssAnon``), and with them (``VmHWM``).
 """
 
 import json
@@ -20,7 +20,7 @@ import numpy as np
 from stemloop.store.convert import convert
 
 FRAMES, SIDE = 1000, 1024
-GOAL_SHARE, GOAL_MB = 0.8, 256
+RUNS, GOAL_SHARE, GOAL_MB = 5, 0.8, 256
 
 
 def _tag(name: str, body: bytes, group: bool) -> bytes:
@@ -134,29 +134,33 @@ class Memory:
 def main(where: str | None) -> None:
     rng = np.random.default_rng(0)
     source = rng.poisson(50.0, (16, SIDE, SIDE)).astype("<u2")
-    results: dict[str, object] = {}
     with tempfile.TemporaryDirectory(dir=where) as folder:
         stack = Path(folder, "stack.dm4")
         size = write_dm4(stack, FRAMES, SIDE, source)
-        disk = [bandwidth(Path(folder, "disk"), size // 2)]
-        for run in ("first", "second"):
+        disk, runs = [bandwidth(Path(folder, "disk"), size)], []
+        for _ in range(RUNS):
             children = resource.getrusage(resource.RUSAGE_CHILDREN)
+            load = os.getloadavg()[0]
             begin = time.perf_counter()
             with Memory() as memory:
                 made = convert(stack, Path(folder, "out.h5"), overwrite=True)
             taken = time.perf_counter() - begin
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            disk.append(bandwidth(Path(folder, "disk"), size // 2))
-            raw, best = made["raw_bytes"], sum(disk[-2:]) / 2
-            results[run] = {
-                "seconds": round(taken, 2),
-                "cpu_s": round(after.ru_utime + after.ru_stime - children.ru_utime - children.ru_stime, 2),
-                "raw_MB_s": round(raw / taken / 1e6, 1),
-                "size_ratio": round(raw / made["bytes"], 2),
-                "share_of_disk": round(raw / taken / 1e6 / best, 2),
-                "child_anonymous_MB": round(memory.anonymous),
-                "child_resident_MB": round(memory.resident),
-            }
+            disk.append(bandwidth(Path(folder, "disk"), size))
+            raw, rate = made["raw_bytes"], sum(disk[-2:]) / 2
+            runs.append(
+                {
+                    "seconds": round(taken, 2),
+                    "cpu_s": round(after.ru_utime + after.ru_stime - children.ru_utime - children.ru_stime, 2),
+                    "raw_MB_s": round(raw / taken / 1e6, 1),
+                    "disk_MB_s": round(rate, 1),
+                    "share_of_disk": round(raw / taken / 1e6 / rate, 2),
+                    "size_ratio": round(raw / made["bytes"], 2),
+                    "child_anonymous_MB": round(memory.anonymous),
+                    "child_resident_MB": round(memory.resident),
+                    "load": round(load, 1),
+                }
+            )
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     results = {
         "what": f"DM4 stack of {FRAMES} frames of {SIDE} x {SIDE} u16 (Poisson, mean 50) to one sealed file",
@@ -166,7 +170,8 @@ def main(where: str | None) -> None:
         "goal": {"share_of_disk": GOAL_SHARE, "child_MB": GOAL_MB},
         "load_average": round(os.getloadavg()[0], 1),
         "cores": os.cpu_count(),
-        **results,
+        "runs": runs,
+        "met": [sum(run["share_of_disk"] >= GOAL_SHARE for run in runs), len(runs)],
     }
     Path(__file__).with_name("results").joinpath("convert.json").write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))

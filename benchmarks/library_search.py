@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import tempfile
 import time
@@ -95,23 +96,29 @@ def told(counts):
 def times(library, queries):
     """Wall and CPU milliseconds of one search each (median and 99th percentile), and recall of the nearest one."""
     found = {"nearest": [], "search": []}
-    cpu, hits = [], 0
+    cpu, search_cpu, hits = [], [], 0
     for query in queries:
         start, begun = time.perf_counter(), time.thread_time()
         entry, _ = library.nearest(query, 10)
         found["nearest"].append(time.perf_counter() - start)
         cpu.append(time.thread_time() - begun)
-        start = time.perf_counter()
+        start, begun = time.perf_counter(), time.thread_time()
         library.search(query, 10)
         found["search"].append(time.perf_counter() - start)
+        search_cpu.append(time.thread_time() - begun)
         hits += entry[0] == library.nearest(query, 1, exact=True)[0][0]
     start = time.perf_counter()
     library.nearest(queries[0], 10, exact=True)
     quantiles = {
         name: {"median_ms": 1e3 * float(np.median(v)), "p99_ms": 1e3 * float(np.percentile(v, 99))}
-        for name, v in (*found.items(), ("nearest_cpu", cpu))
+        for name, v in (*found.items(), ("nearest_cpu", cpu), ("search_cpu", search_cpu))
     }
-    return {**quantiles, "exact_ms": 1e3 * (time.perf_counter() - start), "recall_at_1": hits / len(queries)}
+    return {
+        **quantiles,
+        "load": os.getloadavg()[0],
+        "exact_ms": 1e3 * (time.perf_counter() - start),
+        "recall_at_1": hits / len(queries),
+    }
 
 
 def crowd(library, images, entries, rng):

@@ -31,7 +31,7 @@ Progress = Callable[[int, int], None]
 _CHUNK_BYTES = 1 << 20
 #: A frame of a stack that is at least so large is a chunk of its own.
 _OWN_CHUNK_BYTES = 1 << 15
-_WAITING_BYTES = 8 << 20
+_WAITING_BYTES = 16 << 20
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 

@@ -7,11 +7,13 @@ where a packer for its codec is given.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -36,6 +38,8 @@ _PENDING_BYTES = 512 << 20
 _CACHE_BYTES = 64 << 20
 _CHART_SLACK = 1 << 14
 _WINDOW = 1 << 22
+#: How much [bytes] is left to gather before it is flushed, and how often [s] that is looked at.
+_DRAIN_BYTES, _DRAIN_S = 32 << 20, 0.05
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _FRAME_AXES = {0: (), 1: ("energy_loss",), 2: ("y", "x"), 3: ("channel", "y", "x")}
 
@@ -156,13 +160,45 @@ def write(
     """Write the sealed file ``path``, look at all its bytes once more, and flush it to the disk."""
     plans = _plan(source, known)
     known = replace(known, meta={**{plan.name: plan.meta for plan in plans}, **known.meta})
-    with h5py.File(path, "w", libver=("v108", "v110"), rdcc_nbytes=_CACHE_BYTES) as file:
-        writer = _Writer(file, plans, known, decode, packer)
-        for block in source.blocks():
-            writer.take(block)
-        writer.finish()
-        sets, front, room = writer.sets(), writer.front, writer.room
-    return _chart(path, sets, known, front, room)
+    with _draining(path):
+        with h5py.File(path, "w", libver=("v108", "v110"), rdcc_nbytes=_CACHE_BYTES) as file:
+            writer = _Writer(file, plans, known, decode, packer)
+            for block in source.blocks():
+                writer.take(block)
+            writer.finish()
+            sets, front, room = writer.sets(), writer.front, writer.room
+        return _chart(path, sets, known, front, room)
+
+
+@contextlib.contextmanager
+def _draining(path: str) -> Iterator[None]:
+    """Flush the file that is being written at ``path`` all along, so that the disk works while chunks are packed and
+    the last flush has little left to wait for."""
+    flush = getattr(os, "fdatasync", os.fsync)
+    over, failures = threading.Event(), list[OSError]()
+
+    def drain(file: int) -> None:
+        flushed = 0
+        while not over.wait(_DRAIN_S):
+            size = os.fstat(file).st_size
+            if size - flushed >= _DRAIN_BYTES:
+                try:
+                    flush(file)
+                except OSError as error:  # the disk tells of a lost page only once, and it told it here
+                    failures.append(error)
+                    return
+                flushed = size
+
+    with open(path, "ab") as file:
+        thread = threading.Thread(target=drain, args=(file.fileno(),), name="drain")
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+    if failures:
+        raise failures[0]
 
 
 def _chart(path: str, sets: list[Set], known: Known, front: int, room: int) -> dict[str, dict[str, Any]]:

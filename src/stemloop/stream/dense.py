@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stemloop.core.errors import InputError
+from stemloop.stream import lanes, strips
 from stemloop.stream import masks as m
 
 #: Frames that are turned into float64 at a time, where a mask is neither a ramp nor of zeros and ones [bytes].
@@ -107,12 +108,50 @@ class DenseBlock:
         dtype = self._frames.dtype
         rows, columns = self.shape
         fits = rows * max(rows + 1, 2 * columns) // 2 * np.iinfo(dtype).max < 2**32
-        sums = np.zeros((2, columns), np.uint32 if fits else np.uint64)
+        sums = np.zeros((3, columns), np.uint32 if fits else np.uint64)
         select = np.where(masks != 0, np.iinfo(dtype).max, 0).astype(dtype).reshape(len(masks), rows * columns)
         out = np.empty((self.frames, 3 + len(masks)))
         flat = self._frames.reshape(self.frames, rows * columns)
+        if lanes.READY and fits and dtype == np.uint16 and columns % strips.STRIP == 0:
+            first = select[0] if len(masks) else np.zeros(rows * columns, dtype)
+            bits = np.packbits(first != 0, bitorder="little").view(np.uint32)
+            _moments_and_masks_in_strips(self._frames, flat, bits, select, *sums, out)
+            return out
         _moments_and_masks(self._frames, flat, select, sums[0], sums[1], sums.dtype.type(0), out)
         return out
+
+
+@numba.njit(cache=True, nogil=True, boundscheck=False)
+def _finished(s, t, rows, out):  # type: ignore[no-untyped-def]
+    whole = np.uint64(0)
+    below = np.uint64(0)
+    across = np.uint64(0)
+    for c in range(len(s)):
+        whole += np.uint64(s[c])
+        below += np.uint64(t[c])
+        across += np.uint64(s[c]) * np.uint64(c)
+    out[0] = whole
+    out[1] = whole * np.uint64(rows) - below
+    out[2] = across
+
+
+@numba.njit(cache=True, nogil=True, boundscheck=False)
+def _under(counts, select, zero, out):  # type: ignore[no-untyped-def]
+    for k in range(len(select)):  # the frame is in the cache now
+        under = zero
+        for p in range(len(counts)):
+            under += counts[p] & select[k, p]
+        out[k] = under
+
+
+@numba.njit(cache=True, nogil=True, boundscheck=False)
+def _moments_and_masks_in_strips(frames, flat, bits, select, s, t, u, out):  # type: ignore[no-untyped-def]
+    for f in range(len(frames)):
+        strips.column_sums(frames, f, bits, s, t, u)
+        _finished(s, t, frames.shape[1], out[f])
+        if len(select):
+            out[f, 3] = u.sum()
+            _under(flat[f], select[1:], np.uint32(0), out[f, 4:])
 
 
 @numba.njit(cache=True, nogil=True, boundscheck=False)
@@ -134,21 +173,8 @@ def _moments_and_masks(frames, flat, select, s, t, zero, out):  # type: ignore[n
             for c in range(columns):
                 s[c] += frames[f, r, c]
                 t[c] += s[c]
-        whole = np.uint64(0)
-        below = np.uint64(0)
-        across = np.uint64(0)
-        for c in range(columns):
-            whole += np.uint64(s[c])
-            below += np.uint64(t[c])
-            across += np.uint64(s[c]) * np.uint64(c)
-        out[f, 0] = whole
-        out[f, 1] = whole * np.uint64(rows) - below
-        out[f, 2] = across
-        for k in range(len(select)):  # the frame is in the cache now
-            under = zero
-            for p in range(flat.shape[1]):
-                under += flat[f, p] & select[k, p]
-            out[f, 3 + k] = under
+        _finished(s, t, rows, out[f])
+        _under(flat[f], select, zero, out[f, 3:])
 
 
 @numba.njit(cache=True, nogil=True, boundscheck=False)

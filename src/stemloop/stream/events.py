@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from stemloop.core.errors import InputError
 from stemloop.core.protocols import Block
+from stemloop.stream import lanes
 from stemloop.stream import masks as m
 from stemloop.stream.dense import as_counts
 
@@ -186,21 +187,29 @@ class EventBlock:
     def dot(self, masks: NDArray[Any]) -> NDArray[np.float64]:
         """(frames, k): sums under ``masks``, several masks of whole numbers with one look-up an electron."""
         masks = m.checked(masks, self.shape)
+        if self.counts is None and self.index.dtype == np.uint16:
+            sums = lanes.dot(self.indptr, self.index, masks, self._one_by_one)
+            if sums is not None:
+                return sums.T
+        return self._one_by_one(masks).T
+
+    def _one_by_one(self, masks: NDArray[Any]) -> NDArray[np.float64]:
+        """(k, frames): the same, an electron after the other."""
         electrons = self.electrons()
         most = int(electrons.max(initial=0))
         rows, columns = self.shape
         ramp = m.ramp_numbers(masks)
         many = len(self.index) >= 100 * self.frames and most * rows * columns < 2**32
         if self.counts is not None or max(ramp, default=0) < 1 or columns & (columns - 1) or not many:
-            return self._dot(masks, electrons, most).T
+            return self._dot(masks, electrons, most)
         sums = np.empty((3, self.frames))  # row and column are bits of the pixel's number
         sums[0] = electrons
         low, bits = self.index.dtype.type(columns - 1), columns.bit_length() - 1
         _rows_and_columns(self.indptr, self.index, low, bits, sums[1], sums[2])
         if ramp == [0, 1, 2]:
-            return sums.T
+            return sums
         others = iter(self._dot(masks[np.array(ramp) < 0], electrons, most))
-        return np.stack([sums[i] if i >= 0 else next(others) for i in ramp]).T
+        return np.stack([sums[i] if i >= 0 else next(others) for i in ramp])
 
     def _dot(self, masks: NDArray[Any], electrons: NDArray[np.int64], most: int) -> NDArray[np.float64]:
         """(k, frames): sums under ``masks``."""

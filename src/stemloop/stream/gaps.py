@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from stemloop.core.errors import InputError
 from stemloop.core.protocols import Block
+from stemloop.stream import lanes
 from stemloop.stream import masks as m
 from stemloop.stream.events import EventBlock, index_dtype
 
@@ -105,12 +106,17 @@ class GapBlock:
     def dot(self, masks: NDArray[Any]) -> NDArray[np.float64]:
         """(frames, k): sums under ``masks``, from the bytes as they are."""
         masks = m.checked(masks, self.shape)
+        sums = lanes.dot(self.ends, self.gaps, masks, self._one_by_one)
+        return self._one_by_one(masks).T if sums is None else sums.T
+
+    def _one_by_one(self, masks: NDArray[Any]) -> NDArray[np.float64]:
+        """(k, frames): the same, a gap after the other."""
         most = int(np.diff(self.ends).max(initial=0))  # no frame has more electrons than bytes
         packs = m.pack(masks, most)
         if packs is None:
             out = np.zeros((self.frames, len(masks)))
             _dot(self.ends, self.gaps, np.ascontiguousarray(masks.reshape(len(masks), -1).T, np.float64), out)
-            return out
+            return out.T
         out = np.zeros((len(masks), self.frames))
         negative = any(lowest for packed in packs for *_, lowest in packed.fields)
         electrons = self.electrons() if negative else np.zeros(self.frames, np.int64)
@@ -119,7 +125,7 @@ class GapBlock:
             table = np.append(packed.table.astype(np.uint64), np.uint64(0))
             _packed(self.ends, self.gaps, table, sums)
             packed.unpack(sums, electrons, out)
-        return out.T
+        return out
 
     def moments(self) -> NDArray[np.float64]:
         return self.dot(m.ramps(self.shape))

@@ -6,6 +6,7 @@ from one field into the next; then one addition an electron serves several masks
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +36,19 @@ def ramps(shape: tuple[int, int]) -> NDArray[np.int64]:
 
 def ramp_numbers(masks: NDArray[Any]) -> list[int]:
     """For each of ``masks`` (k, rows, columns) which of :func:`ramps` it is: 0, 1, 2, or -1 for none of them."""
-    found = ramps((masks.shape[1], masks.shape[2]))
-    return [next((i for i in range(3) if np.array_equal(mask, found[i])), -1) for mask in masks]
+    found = _ramps((masks.shape[1], masks.shape[2]))
+    corner = found[:, -1, -1].tolist()  # most masks differ there already
+    return [
+        next((i for i in range(3) if mask[-1, -1] == corner[i] and np.array_equal(mask, found[i])), -1)
+        for mask in masks
+    ]
+
+
+@functools.lru_cache(maxsize=8)
+def _ramps(shape: tuple[int, int]) -> NDArray[np.int64]:
+    found = ramps(shape)
+    found.flags.writeable = False
+    return found
 
 
 def rings(shape: tuple[int, int], centre_px: tuple[float, float], edges_px: NDArray[Any]) -> NDArray[np.int32]:
