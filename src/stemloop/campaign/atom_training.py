@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ import stemloop
 from stemloop.campaign.card import HEADING
 from stemloop.campaign.training import SHIPPED
 from stemloop.core.errors import StemloopError
+from stemloop.core.record import content_hash
 from stemloop.describe.network import AtomNetwork
-from stemloop.learn.atomnet import SIDE, Example, Settings, ensemble, train
+from stemloop.learn.atomnet import SIDE, Example, Settings, ensemble, finished, train
 from stemloop.learn.atomnet_calibrate import REACH, assigned, believed, best_threshold, fitted, join, usual
 from stemloop.learn.atomnet_export import export
 from stemloop.learn.atomnet_image import WIDTH, normalised, resampled, to_network
@@ -124,17 +125,31 @@ def measured(network: AtomNetwork, seed: int, each: int) -> dict[str, dict[str, 
 
 
 def train_atoms(
-    out: Path, examples: int, settings: Settings, report: Callable[[str, int, int, float], None]
+    out: Path,
+    examples: int,
+    settings: Settings,
+    report: Callable[[str, int, int, float], None],
+    kept: Path | None = None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Simulate, train, calibrate, measure; write ``out``/atoms.onnx and ``out``/atoms.json, and give the numbers.
 
-    ``report(what, done, of, loss)`` is called as it goes on.
+    ``report(what, done, of, loss)`` is called as it goes on. Each stage of the training that is done is written to the
+    folder ``kept``; with ``resume`` those that lie there are not done again.
     """
+    if kept is not None:
+        kept = kept / content_hash({"examples": examples, **asdict(replace(settings, members=0))})[:12]
+        kept.mkdir(parents=True, exist_ok=True)
+        for stage in () if resume else kept.glob("*.pt"):
+            stage.unlink()
     learnt = []
-    for i in range(examples):
+    needed = 2 * CALIBRATION if finished(settings, kept) else examples
+    for i in range(min(needed, examples)):
         learnt.append(example(settings.seed, _LEARN, i)[0])
-        report("simulating", i + 1, examples, 0.0)
-    members = train(learnt, settings, lambda m, i, n, value: report(f"member {m}" if m >= 0 else "all", i, n, value))
+        report("simulating", i + 1, needed, 0.0)
+    members = train(
+        learnt, settings, lambda m, i, n, value: report(f"member {m}" if m >= 0 else "all", i, n, value), kept
+    )
     network = ensemble(members)
     held_out = [example(settings.seed, _CALIBRATE, i) for i in range(CALIBRATION)]
     known = calibrated(network, held_out, learnt[: 2 * CALIBRATION])
@@ -189,11 +204,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=Settings.epochs)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=SHIPPED, help="folder of atoms.onnx and atoms.json")
+    parser.add_argument("--members", type=int, default=Settings.members)
+    parser.add_argument("--data", type=Path, default=Path("build/atoms"), help="folder of what is done of the training")
+    parser.add_argument("--resume", action="store_true", help="go on with what lies in DATA")
     parser.add_argument("--card", type=Path, help="page whose measured part is written anew")
     parser.add_argument("--threads", type=int, default=Settings.threads)
     parser.add_argument("--measure", action="store_true", help="train nothing: measure what lies in OUT anew")
     given = parser.parse_args(arguments)
-    settings = Settings(epochs=given.epochs, seed=given.seed, threads=given.threads)
+    settings = Settings(members=given.members, epochs=given.epochs, seed=given.seed, threads=given.threads)
     try:
         with Progress() as progress:
             tasks: dict[str, Any] = {}
@@ -205,7 +223,9 @@ def main(arguments: list[str] | None = None) -> int:
                 progress.update(tasks[what], completed=done, description=note)
 
             card = (
-                measure_atoms(given.out) if given.measure else train_atoms(given.out, given.examples, settings, report)
+                measure_atoms(given.out)
+                if given.measure
+                else train_atoms(given.out, given.examples, settings, report, given.data, given.resume)
             )
         if given.card:
             write_measured(card, given.card)
@@ -216,4 +236,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 #: Simulated images of the shipped training.
-EXAMPLES = 3000
+EXAMPLES = 8000
