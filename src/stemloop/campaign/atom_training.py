@@ -236,4 +236,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 #: Simulated images of the shipped training.
-EXAMPLES = 8000
+EXAMPLES = 6000

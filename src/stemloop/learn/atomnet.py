@@ -55,8 +55,8 @@ class Settings:
 
     members: int = 3
     channels: tuple[int, int, int] = (16, 32, 64)
-    shared: int = 10
-    epochs: int = 3
+    shared: int = 9
+    epochs: int = 2
     batch: int = 8
     rate: float = 4e-3
     halved: bool = True

@@ -1,9 +1,9 @@
 """Random images of atom columns of many kinds, with their truth: what the network that finds columns learns from.
 
 Crystals of :data:`stemloop.simulate.pictures.PLANES` with strain, waves, disorder, vacancies, dopants, steps, grains
-and edges; single atoms, pairs, rafts and clumps on an amorphous support, which may have graphitic fringes; images with no
-column at all. Then the microscope: probe and its tails, dose, background, displaced and uneven scan lines, correlated
-noise. Every number is drawn anew for each scene.
+and edges; single atoms, pairs, rafts and clumps on an amorphous support, which may have graphitic fringes; images with
+no column at all. Then the microscope: probe and its tails, dose, background, displaced and uneven scan lines,
+correlated noise. Every number is drawn anew for each scene.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ _RESOLVED = 2.7
 _LEAST_WIDTH_PX = 1.0
 #: Probe widths where there is no crystal that would show how wide they are.
 _WIDE_PROBE = (0.85, 3.0)
-#: Atoms nearer than this, in widths, make one bump: two Gaussians show two maxima from two widths on (C. M. Sparrow, 1916,
-#: doi:10.1086/142271).
+#: Nobody scans a film so finely that an atom is wider than this [px].
+_FINEST_PX = 7.0
+#: Atoms nearer than this, in widths, make one bump: two Gaussians show two maxima from two widths on (C. M. Sparrow,
+#: 1916, doi:10.1086/142271).
 _APART = 2.3
 #: A film thinner than this part of its mean carries no atom.
 _CARRIES = 0.15
@@ -71,6 +73,7 @@ def scene(rng: np.random.Generator, side: float = 64.0, kind: str | None = None)
     pixel_pm, width_pm, plane = _optics(rng)
     if kind in ("single atoms", "nothing"):
         width_pm = 45.0 * _log_uniform(rng, *_WIDE_PROBE)
+        pixel_pm = max(pixel_pm, width_pm / _FINEST_PX)
     width_pm = max(width_pm, _LEAST_WIDTH_PX * pixel_pm)
     probe = width_pm / pixel_pm
     n = max(24, round(side * probe))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import fft, special
+from scipy import fft, ndimage, special
 from scipy.spatial import cKDTree
 
 from stemloop.core.structure import Columns
@@ -28,6 +28,8 @@ _FALSE = 0.3 / 40
 _SIGNIFICANT = 3.0
 #: A place that stands out by fewer deviations is not fitted.
 _LEAST = 2.0
+#: Widths around a column over which the roughness beside it is measured, and the least part of them that is no column.
+_NEARBY, _ROOM = 5.0, 0.3
 #: So many pixels a side tell the noise's spectrum.
 _SAMPLE = 512
 
@@ -55,7 +57,8 @@ def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Colu
     -----
     The fit takes the noise of one pixel to know nothing of the next one's. Where somebody smoothed the image, or it was
     resampled, that is not so, and the deviations are multiplied by the root of the noise's power where columns have
-    theirs, over that of white noise (at least 1).
+    theirs, over that of white noise (at least 1). So they are where a support is rough: how far the fit of a column would
+    be pulled by what lies beside the columns, nearby, is measured, and compared with what noise does.
     """
     raster = raster_of(image)
     noise = noise_of(raster.sample(512, 4))
@@ -91,7 +94,7 @@ def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Colu
     good &= light
     value, sigma, under = value[good], sigma[good], under[good]
     if len(value):
-        sigma = sigma * _connected((pixels - model.image) * np.sqrt(weight), float(np.exp(np.median(value[:, 3]))))
+        sigma = sigma * _rough((pixels - model.image) * np.sqrt(weight), value[:, :2], np.exp(value[:, 3]))[:, None]
     part, whole = gaussians.core_means(value, soft, there, 2 * np.exp(value[:, 3]))[1:]
     columns = Columns(
         value[:, :2],
@@ -166,6 +169,34 @@ def _believable(value: Floats, sigma: Floats, start: Floats, width: float) -> ND
     pairs = index[cKDTree(value[index, :2]).query_pairs(_DOUBLED * width, output_type="ndarray")]
     good[np.where(value[pairs[:, 0], 2] < value[pairs[:, 1], 2], pairs[:, 0], pairs[:, 1])] = False
     return np.asarray(good)
+
+
+def _rough(residual: Image, position: Floats, width: Floats) -> Floats:
+    """(n,) by how much more than white noise the ``residual`` (over its deviations) pulls at the columns at ``position``
+    (n, 2) [px]; at least 1.
+
+    A column's place is told by the derivatives of a Gaussian of its ``width`` (n,) [px]. Their response to the residual
+    is averaged over what is around and no column; where columns leave no such room, over the whole image
+    (:func:`_connected`).
+    """
+    usual = float(np.median(width))
+    everywhere = _connected(residual, usual)
+    beside = np.ones(residual.shape, np.float32)
+    gaussians.paint(
+        np.column_stack([position, np.full(len(position), -2.0), np.full(len(position), np.log(usual))]),
+        fitting.reach_of(usual),
+        beside,
+    )
+    beside = np.clip(beside, 0, 1)  # from 1.2 widths on a pixel begins to count
+    power = np.zeros(residual.shape, np.float32)
+    for order in ((0, 1), (1, 0)):
+        power += ndimage.gaussian_filter(residual, usual, order=order, truncate=3) ** 2
+    white = 1 / (4 * np.pi * usual**4)  # of both derivatives of white noise
+    room = filters.smooth(beside, _NEARBY * usual)
+    local = filters.smooth(beside * power, _NEARBY * usual) / np.maximum(room, 1e-6) / white
+    places = tuple(_pixels(position, residual.shape).T)
+    known = room[places] > _ROOM
+    return np.asarray(np.where(known, np.sqrt(np.maximum(1, local[places])), everywhere))
 
 
 def _connected(residual: Image, width: float) -> float:
