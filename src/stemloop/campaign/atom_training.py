@@ -24,7 +24,7 @@ from stemloop.core.errors import StemloopError
 from stemloop.core.record import content_hash
 from stemloop.describe.network import AtomNetwork
 from stemloop.learn.atomnet import SIDE, Example, Settings, ensemble, finished, train
-from stemloop.learn.atomnet_calibrate import REACH, assigned, believed, best_threshold, fitted, join, usual
+from stemloop.learn.atomnet_calibrate import REACH, assigned, believed, best_threshold, fitted, join, stretch, usual
 from stemloop.learn.atomnet_export import export
 from stemloop.learn.atomnet_image import WIDTH, normalised, resampled, to_network
 from stemloop.learn.network import torch_module
@@ -36,8 +36,10 @@ Floats = NDArray[np.float64]
 #: How far the scale of an image may be misjudged: the largest ratio of a column's width to WIDTH, and its inverse.
 MISJUDGED = 1.6
 #: Examples that calibrate, and scenes of each kind that test.
-CALIBRATION, TEST = 300, 8
-_LEARN, _CALIBRATE, _TEST = 0, 1, 2
+CALIBRATION, TEST = 300, 16
+#: Scenes of each kind that teach how far the whole finder is to be believed.
+SURVEY = 40
+_LEARN, _CALIBRATE, _TEST, _SURVEY = 0, 1, 2, 3
 
 
 def example(seed: int, part: int, number: int) -> tuple[Example, str]:
@@ -96,6 +98,31 @@ def calibrated(network: Any, examples: Sequence[tuple[Example, str]], learnt: Se
 def _deep(position: Floats, edge: float, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     """Which places (n, 2) lie farther than ``edge`` [px] from the border of an image of ``shape``."""
     return np.asarray(((position > edge) & (position < np.array(shape) - 1 - edge)).all(axis=1))
+
+
+def surveyed(network: AtomNetwork, seed: int, each: int) -> dict[str, Any]:
+    """What the whole finder's answers on ``each`` scenes of every kind teach: the ``stretch`` of its deviations with
+    and without a lattice, and the line that makes its probabilities the share of finds that are ``present``."""
+    pulls: dict[bool, list[Floats]] = {True: [], False: []}
+    chances, trues = [np.zeros(0)], [np.zeros(0, bool)]
+    for number, kind in enumerate(KINDS):
+        for i in range(each):
+            made = scene(np.random.default_rng([seed, _SURVEY, number, i]), 64.0, kind)
+            found = network.find(made.image, made.pixel_pm * 1e-3 if i % 2 else None)
+            columns = found.columns
+            mine, other = assigned(columns.position, made.shown, 1.5 * made.probe)
+            judged = _deep(columns.position, 3 * made.probe, made.image.shape)
+            true = np.zeros(len(columns), bool)
+            true[mine] = True
+            chances.append(columns.p_present[judged])
+            trues.append(true[judged])
+            pull = ((columns.position[mine] - made.shown[other]) / columns.sigma[mine])[judged[mine]]
+            pulls[found.lattice].append(pull)
+    weight = np.concatenate([np.full(len(t), 1 / (len(t) + 20)) for t in trues])
+    return {
+        "stretch": {"lattice": stretch(pulls[True]), "no lattice": stretch(pulls[False])},
+        "present": fitted(np.concatenate(chances)[:, None], np.concatenate(trues), weight),
+    }
 
 
 def measured(network: AtomNetwork, seed: int, each: int) -> dict[str, dict[str, float]]:
@@ -162,8 +189,13 @@ def train_atoms(
         "scenes": {name: getattr(scenes, name) for name in ("KINDS", "PIXEL_PM", "PROBE", "DOSE")},
         "misjudged": MISJUDGED,
         **known,
+        "stretch": {"lattice": 1.0, "no lattice": 1.0},
+        "present": (1.0, 0.0),
     }
     export(network, card, out / "atoms.onnx")
+    card |= surveyed(AtomNetwork(out / "atoms.onnx"), settings.seed, SURVEY)
+    export(network, card, out / "atoms.onnx")
+    report("surveyed", 1, 1, 0.0)
     return measure_atoms(out)
 
 

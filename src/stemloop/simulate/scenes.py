@@ -294,7 +294,7 @@ def _bumps(place: Floats, weight: Floats, distance: float) -> tuple[Floats, Floa
     total = np.bincount(group, weight)
     middle = np.column_stack([np.bincount(group, weight * along) / total for along in place.T])
     away = ((place - middle[group]) ** 2).sum(axis=1)
-    return middle, total, np.sqrt(np.bincount(group, weight * away) / total / 2)
+    return middle, np.asarray(total), np.asarray(np.sqrt(np.bincount(group, weight * away) / total / 2))
 
 
 # --------------------------------------------------------------------------------------------------- microscope

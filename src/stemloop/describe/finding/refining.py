@@ -57,8 +57,8 @@ def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Colu
     -----
     The fit takes the noise of one pixel to know nothing of the next one's. Where somebody smoothed the image, or it was
     resampled, that is not so, and the deviations are multiplied by the root of the noise's power where columns have
-    theirs, over that of white noise (at least 1). So they are where a support is rough: how far the fit of a column would
-    be pulled by what lies beside the columns, nearby, is measured, and compared with what noise does.
+    theirs, over that of white noise (at least 1). So they are where a support is rough: how far what lies beside the
+    columns would pull at one is measured nearby, and compared with what noise does.
     """
     raster = raster_of(image)
     noise = noise_of(raster.sample(512, 4))
@@ -172,11 +172,11 @@ def _believable(value: Floats, sigma: Floats, start: Floats, width: float) -> ND
 
 
 def _rough(residual: Image, position: Floats, width: Floats) -> Floats:
-    """(n,) by how much more than white noise the ``residual`` (over its deviations) pulls at the columns at ``position``
-    (n, 2) [px]; at least 1.
+    """(n,) by how much more than white noise the ``residual`` (over its deviations) pulls at the columns; at least 1.
 
-    A column's place is told by the derivatives of a Gaussian of its ``width`` (n,) [px]. Their response to the residual
-    is averaged over what is around and no column; where columns leave no such room, over the whole image
+    The place of a column at ``position`` (n, 2) [px] is told by the derivatives of a Gaussian of its ``width`` (n,)
+    [px]. Their response to the residual is averaged over what is around and no column; where columns leave no such
+    room, over the whole image
     (:func:`_connected`).
     """
     usual = float(np.median(width))
