@@ -141,6 +141,25 @@ def test_the_probability_is_calibrated_and_an_unlike_image_is_flagged():
         find_columns(stripes)
 
 
+@pytest.mark.parametrize("plane", ["SrTiO3[110]", "MoS2", "Au[110]"])
+def test_dark_columns_are_noticed(plane):
+    image, _ = crystal(plane, 14, 2e4)
+    assert network._shipped().find(image).darker < 0
+    with pytest.warns(UserWarning, match="dark on bright"):
+        find_columns(image.max() - image)
+    assert network._shipped().find(image.max() - image, 0.014).novelty > UNUSUAL
+
+
+def test_dark_atoms_are_noticed_and_bright_ones_are_not_called_dark():
+    made = [scene(np.random.default_rng([80, k]), 64.0, "single atoms") for k in range(8)]
+    right, negative = (
+        np.array([network._shipped().find(image, m.pixel_pm * 1e-3).darker for m, image in pairs])
+        for pairs in ([(m, m.image) for m in made], [(m, m.image.max() - m.image) for m in made])
+    )
+    assert (right < network.DARK).all()
+    assert np.mean(negative > network.DARK) >= 0.5  # where there are few atoms, chance could show as many
+
+
 def test_tiles_join_without_a_seam(monkeypatch):
     net = network._shipped()
     image = np.random.default_rng(5).normal(size=(300, 260)).astype(np.float32)
