@@ -30,6 +30,8 @@ _SIGNIFICANT = 3.0
 _LEAST = 2.0
 #: Widths around a column over which the roughness beside it is measured, and the least part of them that is no column.
 _NEARBY, _ROOM = 5.0, 0.3
+#: Amplitude of the Gaussians that cover the columns there: to 1.9 widths all, from 3 on little.
+_COVERS = -6.0
 #: So many pixels a side tell the noise's spectrum.
 _SAMPLE = 512
 
@@ -94,7 +96,8 @@ def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Colu
     good &= light
     value, sigma, under = value[good], sigma[good], under[good]
     if len(value):
-        sigma = sigma * _rough((pixels - model.image) * np.sqrt(weight), value[:, :2], np.exp(value[:, 3]))[:, None]
+        counted = (measured / noise.variance(model.image)).astype(np.float32)
+        sigma = sigma * _rough(pixels - model.image, weight, counted, value)[:, None]
     part, whole = gaussians.core_means(value, soft, there, 2 * np.exp(value[:, 3]))[1:]
     columns = Columns(
         value[:, :2],
@@ -171,32 +174,29 @@ def _believable(value: Floats, sigma: Floats, start: Floats, width: float) -> ND
     return np.asarray(good)
 
 
-def _rough(residual: Image, position: Floats, width: Floats) -> Floats:
-    """(n,) by how much more than white noise the ``residual`` (over its deviations) pulls at the columns; at least 1.
+def _rough(residual: Image, weight: Image, counted: Image, value: Floats) -> Floats:
+    """(n,) by how much more than noise of one over ``weight`` the ``residual`` pulls at the columns; at least 1.
 
-    The place of a column at ``position`` (n, 2) [px] is told by the derivatives of a Gaussian of its ``width`` (n,)
-    [px]. Their response to the residual is averaged over what is around and no column; where columns leave no such
-    room, over the whole image
-    (:func:`_connected`).
+    The place of a column of parameters ``value`` (n, 4) is told by the derivatives of a Gaussian of its width. Their
+    response to the residual, over the deviation that counting (``counted``, one over its variance) gives, is averaged
+    over what is around and no column; where columns leave no such room, over the whole image (:func:`_connected`).
     """
-    usual = float(np.median(width))
-    everywhere = _connected(residual, usual)
+    usual = float(np.exp(np.median(value[:, 3])))
+    everywhere = _connected(residual * np.sqrt(weight), usual)
     beside = np.ones(residual.shape, np.float32)
-    gaussians.paint(
-        np.column_stack([position, np.full(len(position), -2.0), np.full(len(position), np.log(usual))]),
-        fitting.reach_of(usual),
-        beside,
-    )
-    beside = np.clip(beside, 0, 1)  # from 1.2 widths on a pixel begins to count
-    power = np.zeros(residual.shape, np.float32)
+    dark = np.tile([_COVERS, np.log(usual)], (len(value), 1))
+    gaussians.paint(np.column_stack([value[:, :2], dark]), fitting.reach_of(usual), beside)
+    beside = np.clip(beside, 0, 1)
+    pull = np.zeros(residual.shape, np.float32)
     for order in ((0, 1), (1, 0)):
-        power += ndimage.gaussian_filter(residual, usual, order=order, truncate=3) ** 2
+        pull += ndimage.gaussian_filter(residual * np.sqrt(counted), usual, order=order, truncate=3) ** 2
     white = 1 / (4 * np.pi * usual**4)  # of both derivatives of white noise
     room = filters.smooth(beside, _NEARBY * usual)
-    local = filters.smooth(beside * power, _NEARBY * usual) / np.maximum(room, 1e-6) / white
-    places = tuple(_pixels(position, residual.shape).T)
+    local = filters.smooth(beside * pull, _NEARBY * usual) / np.maximum(room, 1e-6) / white
+    places = tuple(_pixels(value, residual.shape).T)
     known = room[places] > _ROOM
-    return np.asarray(np.where(known, np.sqrt(np.maximum(1, local[places])), everywhere))
+    share = weight[places] / np.maximum(counted[places], 1e-30)  # what the fit knew already
+    return np.asarray(np.where(known, np.sqrt(np.maximum(1, local[places] * share)), everywhere))
 
 
 def _connected(residual: Image, width: float) -> float:
