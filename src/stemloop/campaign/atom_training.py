@@ -36,9 +36,9 @@ Floats = NDArray[np.float64]
 #: How far the scale of an image may be misjudged: the largest ratio of a column's width to WIDTH, and its inverse.
 MISJUDGED = 1.6
 #: Examples that calibrate, and scenes of each kind that test.
-CALIBRATION, TEST = 300, 16
+CALIBRATION, TEST = 300, 10
 #: Scenes of each kind that teach how far the whole finder is to be believed.
-SURVEY = 40
+SURVEY = 30
 _LEARN, _CALIBRATE, _TEST, _SURVEY = 0, 1, 2, 3
 
 
@@ -177,10 +177,14 @@ def train_atoms(
     members = train(
         learnt, settings, lambda m, i, n, value: report(f"member {m}" if m >= 0 else "all", i, n, value), kept
     )
-    network = ensemble(members)
     held_out = [example(settings.seed, _CALIBRATE, i) for i in range(CALIBRATION)]
-    known = calibrated(network, held_out, learnt[: 2 * CALIBRATION])
+    known = calibrated(ensemble(members), held_out, learnt[: 2 * CALIBRATION])
     report("calibrated", 1, 1, 0.0)
+    return shipped(ensemble(members), known, examples, settings, out)
+
+
+def shipped(network: Any, known: dict[str, Any], examples: int, settings: Settings, out: Path) -> dict[str, Any]:
+    """Survey the calibrated ``network``, measure it, write it and its numbers to ``out``, and give these."""
     known["usual"] = {k: np.asarray(v).round(6).tolist() for k, v in known["usual"].items()}
     card: dict[str, Any] = {
         "version": stemloop.__version__,
@@ -195,7 +199,6 @@ def train_atoms(
     export(network, card, out / "atoms.onnx")
     card |= surveyed(AtomNetwork(out / "atoms.onnx"), settings.seed, SURVEY)
     export(network, card, out / "atoms.onnx")
-    report("surveyed", 1, 1, 0.0)
     return measure_atoms(out)
 
 
