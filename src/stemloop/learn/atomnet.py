@@ -53,7 +53,7 @@ class Settings:
     of a one-cycle schedule (each way has one), ``halved``: forward in bfloat16, ``threads`` of torch, ``seed`` of all.
     """
 
-    members: int = 2
+    members: int = 3
     channels: tuple[int, int, int] = (16, 32, 64)
     shared: int = 9
     epochs: int = 2
