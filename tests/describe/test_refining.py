@@ -59,8 +59,11 @@ def rough(power, seed):
     """Lone atoms on counting noise and on a support whose roughness is ``power`` times the atoms' amplitude, both 3 px
     wide where they are sharpest."""
     rng = np.random.default_rng(seed)
-    true = np.stack(np.meshgrid(*2 * [np.arange(25, 380, 36.0)], indexing="ij"), -1).reshape(-1, 2)
-    true = true + rng.uniform(-6, 6, true.shape)
+    true = np.zeros((0, 2))
+    while len(true) < 60:
+        place = rng.uniform(15, 385, (1, 2))
+        if len(true) == 0 or np.hypot(*(true - place).T).min() > 24:
+            true = np.concatenate([true, place])
     y, x = np.indices((400, 400))
     atoms = sum(np.exp(-0.5 * ((y - p[0]) ** 2 + (x - p[1]) ** 2) / 9) for p in true)
     support = ndimage.gaussian_filter(rng.normal(size=(400, 400)), 3)
@@ -76,6 +79,6 @@ def test_deviations_of_lone_columns_hold_on_a_rough_support(power):
         columns, which = refine(image, true + rng.normal(0, 0.5, true.shape), 3.0)
         pulls.append((columns.position - true[which]) / columns.sigma)
     within = np.mean(np.abs(np.concatenate(pulls)) < 1)
-    # 0.68 if exact, 800 coordinates scatter by 0.017. Measured are 0.67 to 0.76: the rougher the support, the more of
+    # 0.68 if exact, 480 coordinates scatter by 0.021. Measured are 0.67 to 0.76: the rougher the support, the more of
     # the fits that it pulls farthest are left out. By counting noise alone it would be 0.44 and 0.17
     assert 0.62 < within < 0.80

@@ -59,8 +59,8 @@ def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Colu
     -----
     The fit takes the noise of one pixel to know nothing of the next one's. Where somebody smoothed the image, or it was
     resampled, that is not so, and the deviations are multiplied by the root of the noise's power where columns have
-    theirs, over that of white noise (at least 1). So they are where a support is rough: how far what lies beside the
-    columns would pull at one is measured nearby, and compared with what noise does.
+    theirs, over that of white noise (at least 1). Without a lattice so they are where a support is rough: how far what lies
+    beside the columns would pull at one is measured nearby, and compared with what noise does.
     """
     raster = raster_of(image)
     noise = noise_of(raster.sample(512, 4))
@@ -88,7 +88,8 @@ def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Colu
     mean, count, _ = gaussians.core_means(value, pixels, there, 1.5 * np.exp(value[:, 3]))
     limit = np.log(_FALSE * 4 * np.pi * width_px**2 / pixels.size)
     light = _by_chance(mean, count, under, pixels, noise) < limit
-    if sites_of(value[good & light, :2], pixels.shape, width_px).spread:
+    lattice = sites_of(value[good & light, :2], pixels.shape, width_px).spread > 0
+    if lattice:
         light &= value[:, 2] > _SIGNIFICANT * sigma[:, 2]
     else:
         around = filters.smooth(pixels, 6 * width_px)[tuple(_pixels(value, pixels.shape).T)]
@@ -97,7 +98,7 @@ def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Colu
     value, sigma, under = value[good], sigma[good], under[good]
     if len(value):
         counted = (measured / noise.variance(model.image)).astype(np.float32)
-        sigma = sigma * _rough(pixels - model.image, weight, counted, value)[:, None]
+        sigma = sigma * _rough(pixels - model.image, weight, counted, value, lattice)[:, None]
     part, whole = gaussians.core_means(value, soft, there, 2 * np.exp(value[:, 3]))[1:]
     columns = Columns(
         value[:, :2],
@@ -174,15 +175,18 @@ def _believable(value: Floats, sigma: Floats, start: Floats, width: float) -> ND
     return np.asarray(good)
 
 
-def _rough(residual: Image, weight: Image, counted: Image, value: Floats) -> Floats:
+def _rough(residual: Image, weight: Image, counted: Image, value: Floats, lattice: bool) -> Floats:
     """(n,) by how much more than noise of one over ``weight`` the ``residual`` pulls at the columns; at least 1.
 
     The place of a column of parameters ``value`` (n, 4) is told by the derivatives of a Gaussian of its width. Their
     response to the residual, over the deviation that counting (``counted``, one over its variance) gives, is averaged
-    over what is around and no column; where columns leave no such room, over the whole image (:func:`_connected`).
+    over what is around and no column. Where columns leave no such room, or have a lattice, which repeats itself between
+    them and pulls at none, it is told by the whole image (:func:`_connected`).
     """
     usual = float(np.exp(np.median(value[:, 3])))
     everywhere = _connected(residual * np.sqrt(weight), usual)
+    if lattice:
+        return np.full(len(value), everywhere)
     beside = np.ones(residual.shape, np.float32)
     dark = np.tile([_COVERS, np.log(usual)], (len(value), 1))
     gaussians.paint(np.column_stack([value[:, :2], dark]), fitting.reach_of(usual), beside)
