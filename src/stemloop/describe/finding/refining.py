@@ -59,8 +59,8 @@ def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Colu
     -----
     The fit takes the noise of one pixel to know nothing of the next one's. Where somebody smoothed the image, or it was
     resampled, that is not so, and the deviations are multiplied by the root of the noise's power where columns have
-    theirs, over that of white noise (at least 1). Without a lattice so they are where a support is rough: how far what lies
-    beside the columns would pull at one is measured nearby, and compared with what noise does.
+    theirs, over that of white noise (at least 1). Without a lattice so they are where a support is rough:
+    how far what lies beside the columns would pull at one is measured nearby, and compared with what noise does.
     """
     raster = raster_of(image)
     noise = noise_of(raster.sample(512, 4))
