@@ -32,7 +32,7 @@ def test_the_command_writes_a_network_that_answers(written):
     assert found.chance.shape == (len(found.columns), 2)
     card = json.loads((written / "one" / "atoms.json").read_text())
     assert set(KINDS) <= set(card["test"])
-    assert card["settings"]["seed"] == 5 and set(card["stretch"]) == {"lattice", "no lattice"}
+    assert card["settings"]["seed"] == 5 and card["stretch"] > 0
 
 
 def test_resumed_it_writes_the_same_file_to_the_last_bit(written):

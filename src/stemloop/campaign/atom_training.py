@@ -101,9 +101,9 @@ def _deep(position: Floats, edge: float, shape: tuple[int, ...]) -> NDArray[np.b
 
 
 def surveyed(network: AtomNetwork, seed: int, each: int) -> dict[str, Any]:
-    """What the whole finder's answers on ``each`` scenes of every kind teach: the ``stretch`` of its deviations with
-    and without a lattice, and the line that makes its probabilities the share of finds that are ``present``."""
-    pulls: dict[bool, list[Floats]] = {True: [], False: []}
+    """What the whole finder's answers on ``each`` scenes of every kind teach: the ``stretch`` of its deviations where
+    there is no lattice, and the line that makes its probabilities the share of finds that are ``present``."""
+    pulls: list[Floats] = []
     chances, trues = [np.zeros(0)], [np.zeros(0, bool)]
     for number, kind in enumerate(KINDS):
         for i in range(each):
@@ -116,11 +116,11 @@ def surveyed(network: AtomNetwork, seed: int, each: int) -> dict[str, Any]:
             true[mine] = True
             chances.append(columns.p_present[judged])
             trues.append(true[judged])
-            pull = ((columns.position[mine] - made.shown[other]) / columns.sigma[mine])[judged[mine]]
-            pulls[found.lattice].append(pull)
+            if not found.lattice:
+                pulls.append(((columns.position[mine] - made.shown[other]) / columns.sigma[mine])[judged[mine]])
     weight = np.concatenate([np.full(len(t), 1 / (len(t) + 20)) for t in trues])
     return {
-        "stretch": {"lattice": stretch(pulls[True]), "no lattice": stretch(pulls[False])},
+        "stretch": stretch(pulls),
         "present": fitted(np.concatenate(chances)[:, None], np.concatenate(trues), weight),
     }
 
@@ -193,7 +193,7 @@ def shipped(network: Any, known: dict[str, Any], examples: int, settings: Settin
         "scenes": {name: getattr(scenes, name) for name in ("KINDS", "PIXEL_PM", "PROBE", "DOSE")},
         "misjudged": MISJUDGED,
         **known,
-        "stretch": {"lattice": 1.0, "no lattice": 1.0},
+        "stretch": 1.0,
         "present": (1.0, 0.0),
     }
     export(network, card, out / "atoms.onnx")

@@ -128,7 +128,7 @@ class AtomNetwork:
         members see is matched; the calibrated mean of their chances decides what is a column. Every column is then
         fitted as the classical finder does. Its deviation joins the fit's with the ensemble's: where members disagree
         on a neighbour, the place is doubtful. What simulated images taught of both is applied: by how much deviations
-        are stretched with and without a lattice, and how often what is fitted is there.
+        are stretched where there is no lattice, and how often what is fitted is there.
         """
         raster = raster_of(image)
         pixels = raster.levels((slice(None), slice(None)))[0]
@@ -148,7 +148,7 @@ class AtomNetwork:
         inside = np.asarray(far.all(axis=1))
         sites = sites_of(columns.position, pixels.shape, width)
         vacant = sites.position[sites.within]
-        stretch = self.card["stretch"]["lattice" if sites.spread else "no lattice"]
+        stretch = 1.0 if sites.spread else self.card["stretch"]
         columns = replace(columns, sigma=stretch * np.hypot(columns.sigma, spread), p_present=chance, vacant=vacant)
         darker = self._darker(pixels, {width, *first})
         unlike = max(novelty(features, self.card["usual"]), UNUSUAL * darker / DARK)
