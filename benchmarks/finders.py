@@ -72,16 +72,20 @@ def lattice(find, pixel_pm: float, dose: float) -> dict[str, float]:
 
 def atoms_on_film(find, kind: str, scenes: int, told: bool) -> dict[str, float]:
     """Scenes of ``kind``: rates within one and a half widths of the probe of where the image shows the columns, away
-    from the border."""
-    total = np.zeros(3, int)
+    from the border; of the coordinates of the hits those within one deviation."""
+    total, pulls = np.zeros(3, int), [np.zeros((0, 2))]
     for number in range(scenes):
         made = scene(np.random.default_rng([SEED, number]), 64.0, kind)
         columns = find(made.image, made.pixel_pm * 1e-3 if told else None)
         edge, size = 3 * made.probe, np.array(made.image.shape) - 1
         inner, judged = (((p > edge) & (p < size - edge)).all(axis=1) for p in (made.shown, columns.position))
         one, other = hits(columns.position, made.shown, 1.5 * made.probe)
-        total += [int((judged[one] & inner[other]).sum()), int(judged.sum()), int(inner.sum())]
-    return {**rates(*(int(n) for n in total)), "scenes": scenes}
+        both = judged[one] & inner[other]
+        total += [int(both.sum()), int(judged.sum()), int(inner.sum())]
+        pulls.append(((columns.position[one] - made.shown[other]) / columns.sigma[one])[both])
+    within = np.abs(np.concatenate(pulls)) < 1
+    held = {"within_one_sigma": round(float(within.mean()), 3)} if within.size else {}
+    return {**rates(*(int(n) for n in total)), **held, "scenes": scenes}
 
 
 def labelled(folder: Path) -> list[tuple[str, np.ndarray, np.ndarray]]:

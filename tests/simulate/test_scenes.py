@@ -5,7 +5,7 @@ import pytest
 from scipy.spatial import cKDTree
 
 from stemloop.core.errors import UnknownName
-from stemloop.simulate.scenes import KINDS, PIXEL_PM, scene
+from stemloop.simulate.scenes import KINDS, PIXEL_PM, _bumps, scene
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,3 +74,14 @@ def test_columns_are_shown_where_the_scan_and_the_detector_put_them():
             nominal.append(middle - place[1])
             shown.append(middle - there[1])
     assert np.median(np.abs(shown)) < np.median(np.abs(nominal))
+
+
+def test_atoms_that_cannot_be_told_apart_are_one_bump_of_their_light():
+    rng = np.random.default_rng(4)
+    place, weight = rng.uniform(0, 40, (60, 2)), rng.uniform(0.5, 1.5, 60)
+    middle, total, spread = _bumps(place, weight, 2.0)
+    assert total.sum() == pytest.approx(weight.sum())
+    assert np.allclose(total @ middle, weight @ place)
+    moment = (total * ((middle - 20) ** 2).sum(axis=1) + 2 * total * spread**2).sum()  # Huygens and Steiner
+    assert moment == pytest.approx((weight * ((place - 20) ** 2).sum(axis=1)).sum())
+    assert len(_bumps(place[:1], weight[:1], 2.0)[0]) == 1 and len(_bumps(place[:0], weight[:0], 2.0)[0]) == 0

@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ import stemloop
 from stemloop.campaign.card import HEADING
 from stemloop.campaign.training import SHIPPED
 from stemloop.core.errors import StemloopError
+from stemloop.core.record import content_hash
 from stemloop.describe.network import AtomNetwork
-from stemloop.learn.atomnet import SIDE, Example, Settings, ensemble, train
-from stemloop.learn.atomnet_calibrate import REACH, assigned, believed, best_threshold, fitted, join, usual
+from stemloop.learn.atomnet import SIDE, Example, Settings, ensemble, finished, train
+from stemloop.learn.atomnet_calibrate import REACH, assigned, believed, best_threshold, fitted, join, stretch, usual
 from stemloop.learn.atomnet_export import export
 from stemloop.learn.atomnet_image import WIDTH, normalised, resampled, to_network
 from stemloop.learn.network import torch_module
@@ -35,8 +36,10 @@ Floats = NDArray[np.float64]
 #: How far the scale of an image may be misjudged: the largest ratio of a column's width to WIDTH, and its inverse.
 MISJUDGED = 1.6
 #: Examples that calibrate, and scenes of each kind that test.
-CALIBRATION, TEST = 300, 8
-_LEARN, _CALIBRATE, _TEST = 0, 1, 2
+CALIBRATION, TEST = 300, 10
+#: Scenes of each kind that teach how far the whole finder is to be believed.
+SURVEY = 30
+_LEARN, _CALIBRATE, _TEST, _SURVEY = 0, 1, 2, 3
 
 
 def example(seed: int, part: int, number: int) -> tuple[Example, str]:
@@ -97,6 +100,31 @@ def _deep(position: Floats, edge: float, shape: tuple[int, ...]) -> NDArray[np.b
     return np.asarray(((position > edge) & (position < np.array(shape) - 1 - edge)).all(axis=1))
 
 
+def surveyed(network: AtomNetwork, seed: int, each: int) -> dict[str, Any]:
+    """What the whole finder's answers on ``each`` scenes of every kind teach: the ``stretch`` of its deviations where
+    there is no lattice, and the line that makes its probabilities the share of finds that are ``present``."""
+    pulls: list[Floats] = []
+    chances, trues = [np.zeros(0)], [np.zeros(0, bool)]
+    for number, kind in enumerate(KINDS):
+        for i in range(each):
+            made = scene(np.random.default_rng([seed, _SURVEY, number, i]), 64.0, kind)
+            found = network.find(made.image, made.pixel_pm * 1e-3 if i % 2 else None)
+            columns = found.columns
+            mine, other = assigned(columns.position, made.shown, 1.5 * made.probe)
+            judged = _deep(columns.position, 3 * made.probe, made.image.shape)
+            true = np.zeros(len(columns), bool)
+            true[mine] = True
+            chances.append(columns.p_present[judged])
+            trues.append(true[judged])
+            if not found.lattice:
+                pulls.append(((columns.position[mine] - made.shown[other]) / columns.sigma[mine])[judged[mine]])
+    weight = np.concatenate([np.full(len(t), 1 / (len(t) + 20)) for t in trues])
+    return {
+        "stretch": stretch(pulls),
+        "present": fitted(np.concatenate(chances)[:, None], np.concatenate(trues), weight),
+    }
+
+
 def measured(network: AtomNetwork, seed: int, each: int) -> dict[str, dict[str, float]]:
     """The whole finder on ``each`` new scenes of every kind: precision, recall, F1 within one and a half widths, with
     and without the pixel size told; finds in an empty scene; deviations from where the image shows the columns."""
@@ -124,21 +152,39 @@ def measured(network: AtomNetwork, seed: int, each: int) -> dict[str, dict[str, 
 
 
 def train_atoms(
-    out: Path, examples: int, settings: Settings, report: Callable[[str, int, int, float], None]
+    out: Path,
+    examples: int,
+    settings: Settings,
+    report: Callable[[str, int, int, float], None],
+    kept: Path | None = None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Simulate, train, calibrate, measure; write ``out``/atoms.onnx and ``out``/atoms.json, and give the numbers.
 
-    ``report(what, done, of, loss)`` is called as it goes on.
+    ``report(what, done, of, loss)`` is called as it goes on. Each stage of the training that is done is written to the
+    folder ``kept``; with ``resume`` those that lie there are not done again.
     """
+    if kept is not None:
+        kept = kept / content_hash({"examples": examples, **asdict(replace(settings, members=0))})[:12]
+        kept.mkdir(parents=True, exist_ok=True)
+        for stage in () if resume else kept.glob("*.pt"):
+            stage.unlink()
     learnt = []
-    for i in range(examples):
+    needed = 2 * CALIBRATION if finished(settings, kept) else examples
+    for i in range(min(needed, examples)):
         learnt.append(example(settings.seed, _LEARN, i)[0])
-        report("simulating", i + 1, examples, 0.0)
-    members = train(learnt, settings, lambda m, i, n, value: report(f"member {m}" if m >= 0 else "all", i, n, value))
-    network = ensemble(members)
+        report("simulating", i + 1, needed, 0.0)
+    members = train(
+        learnt, settings, lambda m, i, n, value: report(f"member {m}" if m >= 0 else "all", i, n, value), kept
+    )
     held_out = [example(settings.seed, _CALIBRATE, i) for i in range(CALIBRATION)]
-    known = calibrated(network, held_out, learnt[: 2 * CALIBRATION])
+    known = calibrated(ensemble(members), held_out, learnt[: 2 * CALIBRATION])
     report("calibrated", 1, 1, 0.0)
+    return shipped(ensemble(members), known, examples, settings, out)
+
+
+def shipped(network: Any, known: dict[str, Any], examples: int, settings: Settings, out: Path) -> dict[str, Any]:
+    """Survey the calibrated ``network``, measure it, write it and its numbers to ``out``, and give these."""
     known["usual"] = {k: np.asarray(v).round(6).tolist() for k, v in known["usual"].items()}
     card: dict[str, Any] = {
         "version": stemloop.__version__,
@@ -147,7 +193,11 @@ def train_atoms(
         "scenes": {name: getattr(scenes, name) for name in ("KINDS", "PIXEL_PM", "PROBE", "DOSE")},
         "misjudged": MISJUDGED,
         **known,
+        "stretch": 1.0,
+        "present": (1.0, 0.0),
     }
+    export(network, card, out / "atoms.onnx")
+    card |= surveyed(AtomNetwork(out / "atoms.onnx"), settings.seed, SURVEY)
     export(network, card, out / "atoms.onnx")
     return measure_atoms(out)
 
@@ -189,11 +239,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=Settings.epochs)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=SHIPPED, help="folder of atoms.onnx and atoms.json")
+    parser.add_argument("--members", type=int, default=Settings.members)
+    parser.add_argument("--data", type=Path, default=Path("build/atoms"), help="folder of what is done of the training")
+    parser.add_argument("--resume", action="store_true", help="go on with what lies in DATA")
     parser.add_argument("--card", type=Path, help="page whose measured part is written anew")
     parser.add_argument("--threads", type=int, default=Settings.threads)
     parser.add_argument("--measure", action="store_true", help="train nothing: measure what lies in OUT anew")
     given = parser.parse_args(arguments)
-    settings = Settings(epochs=given.epochs, seed=given.seed, threads=given.threads)
+    settings = Settings(members=given.members, epochs=given.epochs, seed=given.seed, threads=given.threads)
     try:
         with Progress() as progress:
             tasks: dict[str, Any] = {}
@@ -205,7 +258,9 @@ def main(arguments: list[str] | None = None) -> int:
                 progress.update(tasks[what], completed=done, description=note)
 
             card = (
-                measure_atoms(given.out) if given.measure else train_atoms(given.out, given.examples, settings, report)
+                measure_atoms(given.out)
+                if given.measure
+                else train_atoms(given.out, given.examples, settings, report, given.data, given.resume)
             )
         if given.card:
             write_measured(card, given.card)
@@ -216,4 +271,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 #: Simulated images of the shipped training.
-EXAMPLES = 3000
+EXAMPLES = 6000

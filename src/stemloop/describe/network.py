@@ -8,9 +8,10 @@ docs/reference/model-card-atoms.md tells what the network was trained on and how
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -38,6 +39,8 @@ Image = NDArray[np.float32]
 
 #: Above this an image is unlike the training set.
 UNUSUAL = 3.0
+#: Above this the columns of an image are dark.
+DARK = 1.0
 _COLUMN_SIGMA_NM = 0.045
 #: Widths [px] that are tried where neither a period nor a pixel size tells the scale.
 _LADDER = (2.2, 3.8, 6.4)
@@ -49,6 +52,8 @@ _FINEST = 1.0
 _ENOUGH = 30.0
 #: So many widths a side of the image are looked at to judge a scale.
 _TRIED = 110
+#: So many widths a side of it are compared with their negative.
+_COMPARED = 80
 #: Narrowest columns [px] that the network is shown; it has seen columns down to WIDTH / 1.6.
 _NARROWEST = 1.8
 #: A scale is right if the network finds columns there that are as wide as they should be, within this log ratio.
@@ -62,13 +67,17 @@ class Found:
 
     columns : the columns, refined. chance : (n, k) what each of the k members gives each of them. novelty : how unlike
     the training set the image is; above :data:`UNUSUAL` nothing here should be believed unchecked.
-    width_px : the scale that was taken, as the Gaussian width of a column.
+    width_px : the scale that was taken, as the Gaussian width of a column. darker : deviations by which the network
+    sees more columns in the image's negative than in the image; above :data:`DARK` the columns are dark on bright, and
+    the image is novel. lattice : whether the columns have one.
     """
 
     columns: Columns
     chance: Floats
     novelty: float
     width_px: float
+    darker: float
+    lattice: bool
 
 
 def find_columns(image: NDArray[Any], pixel_size_nm: float | None = None) -> Columns:
@@ -78,7 +87,13 @@ def find_columns(image: NDArray[Any], pixel_size_nm: float | None = None) -> Col
     unlike all that the network was trained on is answered with a warning.
     """
     found = _shipped().find(image, pixel_size_nm)
-    if found.novelty > UNUSUAL:
+    if found.darker > DARK:
+        warnings.warn(
+            f"the columns look dark on bright ({found.darker:.1f} deviations), as in annular bright field: "
+            "invert the contrast first (image.max() - image).",
+            stacklevel=2,
+        )
+    elif found.novelty > UNUSUAL:
         warnings.warn(
             f"this image is unlike those that the network was trained on (novelty {found.novelty:.1f}, usual is below "
             f"{UNUSUAL:g}); compare with the classical finder.",
@@ -112,17 +127,20 @@ class AtomNetwork:
         trying several. The network itself says how wide the columns are, which corrects the first guess. What the
         members see is matched; the calibrated mean of their chances decides what is a column. Every column is then
         fitted as the classical finder does. Its deviation joins the fit's with the ensemble's: where members disagree
-        on a neighbour, the place is doubtful.
+        on a neighbour, the place is doubtful. What simulated images taught of both is applied: by how much deviations
+        are stretched where there is no lattice, and how often what is fitted is there.
         """
         raster = raster_of(image)
         pixels = raster.levels((slice(None), slice(None)))[0]
-        seen, exact, width, features = self._at_best_scale(pixels, _guesses(raster, pixel_size_nm), pixel_size_nm)
+        guesses = _guesses(raster, pixel_size_nm)
+        first = next(guesses)
+        seen, exact, width, features = self._at_best_scale(pixels, itertools.chain([first], guesses), pixel_size_nm)
         chance = believed(seen.chance, *self.card["line"])
         place = from_network(seen.position, exact)
         taken = (chance >= self.card["threshold"]) & ((place >= 0) & (place <= np.array(pixels.shape) - 1)).all(axis=1)
         start, members, chance = place[taken], seen.chance[taken], chance[taken]
         columns, which = refine(image, start, width)
-        members, chance = members[which], chance[which]
+        members, chance = members[which], believed(chance[which, None], *self.card["present"])
         sees = members > 0.5 * members.max(axis=1, keepdims=True, initial=0)
         spread = _disagreement(columns, sees, pixels.shape)
         wide = columns.width[:, None]
@@ -130,8 +148,22 @@ class AtomNetwork:
         inside = np.asarray(far.all(axis=1))
         sites = sites_of(columns.position, pixels.shape, width)
         vacant = sites.position[sites.within]
-        columns = replace(columns, sigma=np.hypot(columns.sigma, spread), p_present=chance, vacant=vacant)
-        return Found(_take(columns, inside), members[inside], novelty(features, self.card["usual"]), width)
+        stretch = 1.0 if sites.spread else self.card["stretch"]
+        columns = replace(columns, sigma=stretch * np.hypot(columns.sigma, spread), p_present=chance, vacant=vacant)
+        darker = self._darker(pixels, {width, *first})
+        unlike = max(novelty(features, self.card["usual"]), UNUSUAL * darker / DARK)
+        return Found(_take(columns, inside), members[inside], unlike, width, darker, bool(sites.spread))
+
+    def _darker(self, pixels: Image, widths: Iterable[float]) -> float:
+        """Deviations of their difference (those of counts) by which more columns are seen in the negative of a part of
+        the image than in that part, each at the best of the ``widths`` [px]."""
+        best = np.zeros(2)
+        for width in widths:
+            piece = _busiest(pixels, int(_COMPARED * width))
+            small = normalised(resampled(piece, _factor(width))[0])
+            chances = [believed(self._seen(part)[0].chance, *self.card["line"]) for part in (small, -small)]
+            best = np.maximum(best, [chance[chance > 0.5].sum() for chance in chances])
+        return float((best[1] - best[0]) / np.sqrt(best.sum() + 1))
 
     # -------------------------------------------------------------------------------------------------- the scale
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,8 +54,8 @@ class Settings:
     """
 
     members: int = 3
-    channels: tuple[int, int, int] = (16, 32, 48)
-    shared: int = 6
+    channels: tuple[int, int, int] = (16, 32, 64)
+    shared: int = 9
     epochs: int = 2
     batch: int = 8
     rate: float = 4e-3
@@ -155,12 +156,14 @@ def loss(maps: Any, wanted: Any) -> Any:
     return places.mean() + 0.3 * (away[0] + away[1]) + 0.3 * away[2]
 
 
-def train(examples: Sequence[Example], settings: Settings, report: Report) -> list[Any]:
+def train(examples: Sequence[Example], settings: Settings, report: Report, kept: Path | None = None) -> list[Any]:
     """Train every member on ``examples``; ``report(member, step, steps, loss)`` is called at each step
     (member -1 is what all share).
 
     An example is shown mirrored and turned by quarters at random. First weights, order and mirrors come from
     (seed, member) alone, so the same examples, settings and machine give the same weights to the last bit.
+    Where a folder is ``kept``, what all share and each member is written to it when done, and what lies there is not
+    taught again: an interrupted training goes on, and ends with the same bits.
     """
     torch = torch_module()
     if len(examples) < settings.batch:
@@ -170,16 +173,41 @@ def train(examples: Sequence[Example], settings: Settings, report: Report) -> li
     wanted = np.stack([target(e) for e in examples]).astype(np.float16)
     torch.manual_seed(settings.seed)
     first = build(settings.channels)
-    if settings.shared:
+    if settings.shared and not _remembered(first, kept, "shared"):
         _taught(first, -1, settings.shared, images, wanted, settings, report)
+        _remember(first, kept, "shared")
     members = []
     for number in range(settings.members):
         torch.manual_seed(1000 * (settings.seed + 1) + number)
         member = build(settings.channels)
-        if settings.shared:
-            member.load_state_dict(first.state_dict())
-        members.append(_taught(member, number, settings.epochs, images, wanted, settings, report))
+        if not _remembered(member, kept, f"member-{number}"):
+            if settings.shared:
+                member.load_state_dict(first.state_dict())
+            _taught(member, number, settings.epochs, images, wanted, settings, report)
+            _remember(member, kept, f"member-{number}")
+        members.append(member.to(memory_format=torch.contiguous_format).eval())
     return members
+
+
+def finished(settings: Settings, kept: Path | None) -> bool:
+    """Whether all stages of a training with ``settings`` lie in the folder ``kept``."""
+    return kept is not None and all((kept / f"member-{n}.pt").exists() for n in range(settings.members))
+
+
+def _remember(network: Any, kept: Path | None, name: str) -> None:
+    """Write what ``network`` has learnt to the folder ``kept``."""
+    if kept is not None:
+        partial = kept / f"{name}.partial"
+        torch_module().save(network.state_dict(), partial)
+        partial.replace(kept / f"{name}.pt")
+
+
+def _remembered(network: Any, kept: Path | None, name: str) -> bool:
+    """Whether the folder ``kept`` knew what ``network`` has to learn; then it knows it."""
+    if kept is None or not (kept / f"{name}.pt").exists():
+        return False
+    network.load_state_dict(torch_module().load(kept / f"{name}.pt", weights_only=True))
+    return True
 
 
 def _taught(

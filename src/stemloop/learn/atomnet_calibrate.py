@@ -91,6 +91,18 @@ def fitted(chance: Floats, true: NDArray[np.bool_], weight: Floats) -> tuple[flo
     return float(slope), float(offset)
 
 
+def stretch(pulls: Sequence[Floats]) -> float:
+    """By how much deviations must grow for 68.27 % of the ``pulls`` to lie within one: errors over their deviations, an
+    array an image, of which one with very many counts no more than 400 of them."""
+    away = np.concatenate([np.abs(p).ravel() for p in pulls] or [np.zeros(0)])
+    if away.size < 20:
+        return 1.0
+    weight = np.concatenate([np.full(p.size, 1 / (p.size + 400)) for p in pulls])
+    order = np.argsort(away)
+    total = np.cumsum(weight[order])
+    return float(away[order][np.searchsorted(total, 0.6827 * total[-1])])
+
+
 def usual(features: Floats, held_out: Floats) -> dict[str, Any]:
     """Middle, axes and reach of the training set's ``features`` (n, k): 99.7 % of ``held_out`` have one below 3."""
     middle = features.mean(axis=0)

@@ -1,8 +1,9 @@
 """Random images of atom columns of many kinds, with their truth: what the network that finds columns learns from.
 
 Crystals of :data:`stemloop.simulate.pictures.PLANES` with strain, waves, disorder, vacancies, dopants, steps, grains
-and edges; single atoms on an amorphous support; images with no column at all. Then the microscope: probe and its tails,
-dose, background, displaced and uneven scan lines, correlated noise. Every number is drawn anew for each scene.
+and edges; single atoms, pairs, rafts and clumps on an amorphous support, which may have graphitic fringes; images with
+no column at all. Then the microscope: probe and its tails, dose, background, displaced and uneven scan lines,
+correlated noise. Every number is drawn anew for each scene.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import fft, ndimage
+from scipy import fft, ndimage, sparse
+from scipy.sparse import csgraph
 from scipy.spatial import cKDTree
 
 from stemloop.core.errors import UnknownName
@@ -30,7 +32,14 @@ DOSE = (5e2, 3e5)
 _RESOLVED = 2.7
 _LEAST_WIDTH_PX = 1.0
 #: Probe widths where there is no crystal that would show how wide they are.
-_WIDE_PROBE = (0.85, 2.2)
+_WIDE_PROBE = (0.85, 3.0)
+#: Nobody scans a film so finely that an atom is wider than this [px].
+_FINEST_PX = 7.0
+#: Atoms nearer than this, in widths, make one bump: two Gaussians show two maxima from two widths on (C. M. Sparrow,
+#: 1916, doi:10.1086/142271).
+_APART = 2.3
+#: A film thinner than this part of its mean carries no atom.
+_CARRIES = 0.15
 #: A single atom's counts over their deviation within the probe are at least this (nobody could see a weaker one), and
 #: in this share of the scenes they are at most that.
 _VISIBLE, _FAINT, _FAINT_MOST = 4.0, 0.65, 14.0
@@ -64,6 +73,7 @@ def scene(rng: np.random.Generator, side: float = 64.0, kind: str | None = None)
     pixel_pm, width_pm, plane = _optics(rng)
     if kind in ("single atoms", "nothing"):
         width_pm = 45.0 * _log_uniform(rng, *_WIDE_PROBE)
+        pixel_pm = max(pixel_pm, width_pm / _FINEST_PX)
     width_pm = max(width_pm, _LEAST_WIDTH_PX * pixel_pm)
     probe = width_pm / pixel_pm
     n = max(24, round(side * probe))
@@ -202,9 +212,14 @@ def _support(rng: np.random.Generator, shape: tuple[int, int], probe: float) -> 
     """An amorphous film, mean 1: speckle as fine as the probe, clouds of all sizes (their power falls with a power of
     the frequency, as that of carbon black does), things out of focus, slopes, holes and edges."""
     speckle = _cloud(rng, shape, probe * _log_uniform(rng, 0.7, 1.8)) * _log_uniform(rng, 0.01, 0.2)
-    thickness = _fractal(rng, shape, rng.uniform(2.0, 4.5), probe) * _log_uniform(rng, 0.03, 0.6)
+    thickness = _fractal(rng, shape, rng.uniform(2.0, 4.5), probe) * _log_uniform(rng, 0.05, 0.8)
     tilt = (np.indices(shape) / shape[0] - 0.5).T @ rng.normal(0, 0.4, 2)
     film = np.exp(np.clip(thickness + tilt.T, -2, 2)) * np.maximum(1 + speckle, 0.02)
+    if rng.random() < 0.15:  # graphitic: fringes that bend and fade
+        angle, period = rng.uniform(0, 2 * np.pi), rng.uniform(3, 9) * probe
+        phase = np.tensordot(2 * np.pi / period * np.array([np.sin(angle), np.cos(angle)]), np.indices(shape), 1)
+        fringes = np.cos(phase + 2 * _cloud(rng, shape, 8 * probe)) * _cloud(rng, shape, 5 * probe)
+        film = film * np.maximum(1 + _log_uniform(rng, 0.01, 0.1) * fringes, 0.02)
     if rng.random() < 0.3:  # heavier things above or below the focus: no columns that could be placed
         blurred = np.zeros(shape)
         some = rng.poisson(_log_uniform(rng, 2, 40) * (shape[0] / (64 * probe)) ** 2)
@@ -245,20 +260,41 @@ def _cloud(rng: np.random.Generator, shape: tuple[int, int], size: float) -> Flo
 def _single_atoms(
     rng: np.random.Generator, shape: tuple[int, int], pixel_pm: float, probe: float
 ) -> tuple[Layout, Floats]:
-    """Heavy atoms here and there on a film, some in pairs or rafts; brightness 1 is that of an ordinary one."""
+    """Heavy atoms here and there on a film, some in pairs, rafts or clumps; brightness 1 is that of an ordinary one."""
     ground = _support(rng, shape, probe) * _log_uniform(rng, 0.4, 8.0)
     expected = _log_uniform(rng, 2.0, 40.0) * (shape[0] / (64 * probe)) ** 2
     place = rng.uniform(-2 * probe, np.array(shape) + 2 * probe, (rng.poisson(expected), 2))
     if rng.random() < 0.4:
         beside = place[rng.random(len(place)) < 0.4]
         place = np.concatenate([place, beside + rng.normal(0, 5 * probe, beside.shape)])
-    place = place[_roomy(place, 3.0 * probe)]
+    if rng.random() < 0.25:
+        for middle in rng.uniform(0, np.array(shape), (rng.integers(1, 5), 2)):
+            members = int(rng.integers(3, 12))
+            raft = rng.normal(0, rng.uniform(0.8, 2.2) * np.sqrt(members) * probe, (members, 2))
+            place = np.concatenate([place, middle + raft])
+    under = ground[tuple(np.clip(place.round().astype(int), 0, np.array(shape) - 1).T)]
+    place = place[under > _CARRIES * ground.mean()]
+    weight = np.exp(rng.normal(0, rng.uniform(0.05, 0.3), len(place)))
+    place, weight, spread = _bumps(place, weight, _APART * probe)
     n = len(place)
-    weight = np.exp(rng.normal(0, rng.uniform(0.05, 0.3), n))
-    width = probe * np.exp(rng.normal(0, rng.uniform(0.02, 0.15), n))  # not all in focus
+    width = np.hypot(probe * np.exp(rng.normal(0, rng.uniform(0.02, 0.15), n)), spread)  # not all in focus
     weight *= (probe / width) ** 2
     columns = replace(_blank(shape, pixel_pm), position=place, weight=weight, width=width)
     return replace(columns, site=np.zeros(n, np.int64), grain=np.zeros(n, np.int64)), ground
+
+
+def _bumps(place: Floats, weight: Floats, distance: float) -> tuple[Floats, Floats, Floats]:
+    """Places (m, 2), weights (m,) and extents (m,) of what is seen of atoms at ``place`` (n, 2): those nearer than
+    ``distance`` to one another are one."""
+    if len(place) < 2:
+        return place, weight, np.zeros(len(place))
+    one, other = cKDTree(place).query_pairs(distance, output_type="ndarray").T
+    graph = sparse.coo_array((np.ones(len(one)), (one, other)), shape=(len(place),) * 2)
+    group = csgraph.connected_components(graph, directed=False)[1]
+    total = np.bincount(group, weight)
+    middle = np.column_stack([np.bincount(group, weight * along) / total for along in place.T])
+    away = ((place - middle[group]) ** 2).sum(axis=1)
+    return middle, np.asarray(total), np.asarray(np.sqrt(np.bincount(group, weight * away) / total / 2))
 
 
 # --------------------------------------------------------------------------------------------------- microscope
@@ -299,7 +335,7 @@ def _exposed(
         image = (1 - tail) * image + 9 * tail * ndimage.gaussian_filter(image, np.sqrt(8) * probe, truncate=3)
         flaws.append("tail")
     mean = counts * (image + ground)
-    if rng.random() < 0.3:
+    if rng.random() < 0.5:
         mean = mean * (1 + rng.normal(0, _log_uniform(rng, 0.003, 0.05), rows))[:, None]
         flaws.append("lines")
     taken = rng.poisson(np.maximum(mean, 0)).astype(np.float64)

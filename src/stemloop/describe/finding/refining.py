@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import fft, special
+from scipy import fft, ndimage, special
 from scipy.spatial import cKDTree
 
 from stemloop.core.structure import Columns
@@ -28,6 +28,10 @@ _FALSE = 0.3 / 40
 _SIGNIFICANT = 3.0
 #: A place that stands out by fewer deviations is not fitted.
 _LEAST = 2.0
+#: Widths around a column over which the roughness beside it is measured, and the least part of them that is no column.
+_NEARBY, _ROOM = 5.0, 0.3
+#: Amplitude of the Gaussians that cover the columns there: to 1.9 widths all, from 3 on little.
+_COVERS = -6.0
 #: So many pixels a side tell the noise's spectrum.
 _SAMPLE = 512
 
@@ -55,7 +59,8 @@ def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Colu
     -----
     The fit takes the noise of one pixel to know nothing of the next one's. Where somebody smoothed the image, or it was
     resampled, that is not so, and the deviations are multiplied by the root of the noise's power where columns have
-    theirs, over that of white noise (at least 1).
+    theirs, over that of white noise (at least 1). Without a lattice so they are where a support is rough:
+    how far what lies beside the columns would pull at one is measured nearby, and compared with what noise does.
     """
     raster = raster_of(image)
     noise = noise_of(raster.sample(512, 4))
@@ -83,7 +88,8 @@ def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Colu
     mean, count, _ = gaussians.core_means(value, pixels, there, 1.5 * np.exp(value[:, 3]))
     limit = np.log(_FALSE * 4 * np.pi * width_px**2 / pixels.size)
     light = _by_chance(mean, count, under, pixels, noise) < limit
-    if sites_of(value[good & light, :2], pixels.shape, width_px).spread:
+    lattice = sites_of(value[good & light, :2], pixels.shape, width_px).spread > 0
+    if lattice:
         light &= value[:, 2] > _SIGNIFICANT * sigma[:, 2]
     else:
         around = filters.smooth(pixels, 6 * width_px)[tuple(_pixels(value, pixels.shape).T)]
@@ -91,7 +97,8 @@ def refine(image: NDArray[Any], position: Floats, width_px: float) -> tuple[Colu
     good &= light
     value, sigma, under = value[good], sigma[good], under[good]
     if len(value):
-        sigma = sigma * _connected((pixels - model.image) * np.sqrt(weight), float(np.exp(np.median(value[:, 3]))))
+        counted = (measured / noise.variance(model.image)).astype(np.float32)
+        sigma = sigma * _rough(pixels - model.image, weight, counted, value, lattice)[:, None]
     part, whole = gaussians.core_means(value, soft, there, 2 * np.exp(value[:, 3]))[1:]
     columns = Columns(
         value[:, :2],
@@ -166,6 +173,34 @@ def _believable(value: Floats, sigma: Floats, start: Floats, width: float) -> ND
     pairs = index[cKDTree(value[index, :2]).query_pairs(_DOUBLED * width, output_type="ndarray")]
     good[np.where(value[pairs[:, 0], 2] < value[pairs[:, 1], 2], pairs[:, 0], pairs[:, 1])] = False
     return np.asarray(good)
+
+
+def _rough(residual: Image, weight: Image, counted: Image, value: Floats, lattice: bool) -> Floats:
+    """(n,) by how much more than noise of one over ``weight`` the ``residual`` pulls at the columns; at least 1.
+
+    The place of a column of parameters ``value`` (n, 4) is told by the derivatives of a Gaussian of its width. Their
+    response to the residual, over the deviation that counting (``counted``, one over its variance) gives, is averaged
+    over what is around and no column. Where columns leave no such room, or have a lattice, which repeats itself between
+    them and pulls at none, it is told by the whole image (:func:`_connected`).
+    """
+    usual = float(np.exp(np.median(value[:, 3])))
+    everywhere = _connected(residual * np.sqrt(weight), usual)
+    if lattice:
+        return np.full(len(value), everywhere)
+    beside = np.ones(residual.shape, np.float32)
+    dark = np.tile([_COVERS, np.log(usual)], (len(value), 1))
+    gaussians.paint(np.column_stack([value[:, :2], dark]), fitting.reach_of(usual), beside)
+    beside = np.clip(beside, 0, 1)
+    pull = np.zeros(residual.shape, np.float32)
+    for order in ((0, 1), (1, 0)):
+        pull += ndimage.gaussian_filter(residual * np.sqrt(counted), usual, order=order, truncate=3) ** 2
+    white = 1 / (4 * np.pi * usual**4)  # of both derivatives of white noise
+    room = filters.smooth(beside, _NEARBY * usual)
+    local = filters.smooth(beside * pull, _NEARBY * usual) / np.maximum(room, 1e-6) / white
+    places = tuple(_pixels(value, residual.shape).T)
+    known = room[places] > _ROOM
+    share = weight[places] / np.maximum(counted[places], 1e-30)  # what the fit knew already
+    return np.asarray(np.where(known, np.sqrt(np.maximum(1, local[places] * share)), everywhere))
 
 
 def _connected(residual: Image, width: float) -> float:
