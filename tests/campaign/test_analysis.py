@@ -20,7 +20,9 @@ import stemloop
 from stemloop import cli
 from stemloop.campaign.images import frames
 from stemloop.campaign.images.analysis import analyze, covered
+from stemloop.campaign.images.one_image import Wanted, understand
 from stemloop.core.errors import InputError
+from stemloop.core.protocols import PixelSize
 from stemloop.simulate import pictures
 from stemloop.store.library import Library
 
@@ -288,6 +290,7 @@ def test_a_registration_that_was_stopped_goes_on_where_it_was(moving, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         analyze(folder / "stack.npy", out, progress=until, **words)
     assert len(said) - len(before) < len(before)  # neither is done again
+    (out / "registration_grown.npz").write_bytes(b"PK half of it")  # a damaged part is
     analyze(folder / "stack.npy", out, **words)
     assert sums(out) == sums(folder / "out")
 
@@ -491,3 +494,9 @@ def test_a_very_large_image(tmp_path, capsys):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["columns"] > 0.98 * 2 * (8 * 39) ** 2
     assert (tmp_path / "out" / "report.html").stat().st_size < 20e6
+
+
+def test_where_nothing_is_found_it_is_said_what_was_looked_for():
+    noise = np.random.default_rng(0).normal(0, 1, (96, 96))
+    found = understand(noise, PixelSize(), Wanted())
+    assert len(found.columns) == 0 and "up to 12 px (1 sigma) stands out" in found.notes[-1]

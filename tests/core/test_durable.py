@@ -101,3 +101,18 @@ def test_permission_bits(tmp_path):
             assert os.fstat(file.fileno()).st_mode & 0o077 == 0  # nobody else could ever read it
     finally:
         os.umask(umask)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links of POSIX")
+def test_a_link_stays_one_and_what_is_no_file_stays_what_it_is(tmp_path):
+    there, link, pipe = tmp_path / "there", tmp_path / "link", tmp_path / "pipe"
+    there.mkdir()
+    link.symlink_to(there / "a.bin")
+    for content in (OLD, NEW):  # first it points to nothing
+        durable.write_whole(link, content)
+        assert link.is_symlink() and (there / "a.bin").read_bytes() == content
+    os.mkfifo(pipe)
+    for path in (there, pipe):
+        with pytest.raises(StorageError, match="is no file"):
+            durable.write_whole(path, NEW)
+    assert pipe.is_fifo() and names(tmp_path) == ["link", "pipe", "there"] and names(there) == ["a.bin"]

@@ -189,6 +189,12 @@ def test_a_file_that_is_no_network_says_so(tmp_path):
         AtomNetwork(tmp_path / "none.onnx")
 
 
+def test_a_network_whose_card_lacks_something_says_what(monkeypatch):
+    monkeypatch.setattr(network, "_ON_CARD", network._ON_CARD | {"mood"})
+    with pytest.raises(UnreadableFile, match="lacks mood; make it anew"):
+        AtomNetwork()
+
+
 def test_the_weights_are_small():
     folder = Path(network.__file__).parent / "weights"
     assert sum(p.stat().st_size for p in folder.glob("atoms*")) < 3e6

@@ -143,7 +143,10 @@ def test_a_tls_socket_is_read_and_written_at_once(pair):
         line.settimeout(0.2)
         with pytest.raises(TimeoutError):
             line.recv(1)
-        line.settimeout(None)
+        line.setblocking(False)
+        with pytest.raises(ssl.SSLWantReadError):
+            line.recv(1)
+        line.setblocking(True)
         reader = threading.Thread(target=read_to_the_end, args=(line,), daemon=True)
         reader.start()
         time.sleep(0.05)

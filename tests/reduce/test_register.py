@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -283,6 +284,22 @@ def test_an_average_of_images_without_noise_is_the_image():
     whole = mean.weight == n
     assert whole.sum() > 0.6 * size**2
     assert np.abs(mean.image - seen())[whole].max() < 1e-9  # the farthest tails reach the border at 1e-11
+
+
+def test_averages_that_tell_little_of_noise_have_a_variance():
+    """Frames without noise, and five that share a few pixels only (each is NaN elsewhere)."""
+    still = np.random.default_rng(0).integers(0, 50, (64, 64)).astype(np.float64)
+    found = register(np.stack([still] * 5))
+    assert not found.outlier.any()
+    same = replace(found, shift=np.zeros((5, 2)))
+    mean = average(np.stack([still] * 5), same)
+    seen = mean.weight > 0
+    assert (mean.variance[seen] > 0).all() and mean.variance[seen].max() < 1e-3
+    frames = np.stack([still] * 5) + np.random.default_rng(1).normal(0, 1, (5, 64, 64))
+    for k in range(5):
+        frames[k, (np.arange(64) // 12 != k) & (np.arange(64) > 6)] = np.nan
+    mean = average(frames, same)
+    assert (mean.weight == 5).sum() > 0 and np.isfinite(mean.variance[mean.weight > 0]).all()
 
 
 def test_the_variance_of_an_average_is_that_of_its_noise():

@@ -33,7 +33,8 @@ def replacing(path: Path, mode: int | None = None, mend: str = "") -> Iterator[P
 
     A reader sees all of the new file or all of the old one, whenever the writer is killed or the power goes: the bytes
     are on the disk (fsync) before the name is theirs (rename), and the name is, too, when this returns. If the block
-    raises, ``path`` is as it was and nothing stays beside it; what a killed writer leaves begins with a dot.
+    raises, ``path`` is as it was and nothing stays beside it; what a killed writer leaves begins with a dot. Where
+    ``path`` is a symbolic link, the file that it points to is replaced. A device or a pipe is left alone.
 
     path : its folder must exist.
     mode : the new file's permission bits; default those of the old file, or where there is none what is usual here.
@@ -41,8 +42,12 @@ def replacing(path: Path, mode: int | None = None, mend: str = "") -> Iterator[P
 
     Raises
     ------
-    StorageError : for every ``OSError``: a full or read-only disk, a missing folder, no permission.
+    StorageError : for every ``OSError``: a full or read-only disk, a missing folder, no permission; and where ``path``
+    is no file.
     """
+    path = Path(os.path.realpath(path)) if os.path.islink(path) else path
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise StorageError(f"{path} is there already and is no file; choose another name.")
     part = path.with_name(f".{path.name}.{threading.get_native_id()}.part")
     try:
         part.unlink(missing_ok=True)

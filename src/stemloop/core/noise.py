@@ -37,8 +37,8 @@ class Noise(NamedTuple):
 
 def noise_of(image: NDArray[Any]) -> Noise:
     """White noise of an image (rows, columns), from its spectrum's corners (above 0.5 / px), where a probe transfers
-    nothing. (``describe.noise`` reads parts of an image with holes by short differences; here the whole spectrum tells,
-    which needs no gap-free parts but a full image, and no compiled code.)
+    nothing. (``describe.finding.noise`` reads parts of an image with holes by short differences; here the whole
+    spectrum tells, which needs a full image and no compiled code.)
 
     The variance there is fitted as a line in the local intensity. Where the slope is not positive the noise is taken
     as even (gain 0). Pixels that are not finite count as the mean of the others. An image with a side under 8 px, or

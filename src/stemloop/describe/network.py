@@ -37,6 +37,8 @@ from stemloop.learn.export import KEY
 Floats = NDArray[np.float64]
 Image = NDArray[np.float32]
 
+#: What a network's card must tell for its columns to be found and judged.
+_ON_CARD = {"line", "threshold", "usual", "present", "stretch"}
 #: Above this an image is unlike the training set.
 UNUSUAL = 3.0
 #: Above this the columns of an image are dark.
@@ -119,6 +121,11 @@ class AtomNetwork:
             raise UnreadableFile(f"no network at {self.path}; make one with ./scripts/train atoms.") from None
         except Exception as error:
             raise UnreadableFile(f"{self.path} is no network of ./scripts/train atoms ({error}).") from None
+        if missing := _ON_CARD - self.card.keys():
+            raise UnreadableFile(
+                f"{self.path} is a network of another version: its card lacks {', '.join(sorted(missing))}; make it "
+                "anew with ./scripts/train atoms."
+            )
 
     def find(self, image: NDArray[Any], pixel_size_nm: float | None = None) -> Found:
         """Find and refine the columns of ``image`` (rows, columns).

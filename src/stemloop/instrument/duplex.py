@@ -47,6 +47,9 @@ class DuplexSocket(ssl.SSLSocket):
             self._patience_s = value
             super().settimeout(value)
 
+    def setblocking(self, flag: bool) -> None:
+        self.settimeout(None if flag else 0.0)
+
     def close(self) -> None:
         with suppress(OSError):  # wakes who waits to read; where nothing is connected nobody waits
             socket.socket.shutdown(self, socket.SHUT_RDWR)
@@ -60,10 +63,10 @@ class DuplexSocket(ssl.SSLSocket):
                 super().settimeout(0.0)
                 try:
                     return act()
-                except (ssl.SSLWantReadError, BlockingIOError):
-                    writes = False
-                except ssl.SSLWantWriteError:
-                    writes = True
+                except (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError) as error:
+                    if self._patience_s == 0:
+                        raise
+                    writes = isinstance(error, ssl.SSLWantWriteError)
                 finally:
                     if self.fileno() >= 0:
                         super().settimeout(self._patience_s)

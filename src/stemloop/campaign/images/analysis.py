@@ -12,6 +12,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,7 +29,7 @@ from stemloop.campaign.images.overlay import Overlay, overlay
 from stemloop.campaign.images.remembering import Remembered
 from stemloop.campaign.images.showing import Fringes, fringes, without_noise
 from stemloop.core.durable import write_whole, writing
-from stemloop.core.errors import InputError, StemloopError, StorageError, from_code
+from stemloop.core.errors import InputError, IntegrityError, StemloopError, StorageError, from_code
 from stemloop.core.protocols import PixelSize
 from stemloop.reduce.denoise import METHODS
 from stemloop.store.stack import Stack, open_stack
@@ -427,11 +428,12 @@ class _Run:
         return analysis
 
     def _part_of_registration(self, name: str, step: Callable[[], T]) -> T:
-        """What ``step`` gives, kept until the whole registration is."""
+        """What ``step`` gives, kept until the whole registration is; done again where what was kept is damaged."""
         path = self.folder / f"registration_{name}.npz"
         if path.exists():
-            kept: T = packed.read(path)
-            return kept
+            with suppress(IntegrityError):
+                kept: T = packed.read(path)
+                return kept
         made = step()
         packed.write(path, made)
         return made

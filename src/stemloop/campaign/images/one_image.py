@@ -17,6 +17,7 @@ from stemloop.core.protocols import PixelSize
 from stemloop.core.structure import Assignment, Columns, Defect
 from stemloop.describe import find_columns
 from stemloop.describe.defects import find_defects
+from stemloop.describe.finding.scale import WIDEST
 from stemloop.describe.lattices import assign
 from stemloop.describe.materials import Calibration, check_pixel_size
 from stemloop.describe.phases import Phases, phases
@@ -110,7 +111,11 @@ def understand(
     shape = (int(pixels.shape[0]), int(pixels.shape[1]))
     notes = _notes(pixels)
     if len(columns) == 0:
-        return Understood(shape, columns, notes=(*notes, "no atom column was found: nothing in the image stands out."))
+        nothing = (
+            f"no atom column was found: nothing of up to {WIDEST:g} px (1 sigma) stands out in the image; "
+            "where columns are wider, take the mean of 2 x 2 pixels or more first."
+        )
+        return Understood(shape, columns, notes=(*notes, nothing))
     steps = _Steps()
     assignment = steps("lattices", lambda: assign(columns, shape))
     grains = assignment if assignment is not None and assignment.grains else None

@@ -324,4 +324,5 @@ def settled(off: Floats, error: Floats, beyond: float, least: float) -> tuple[Fl
         return off, error
     kept = max(scatter - noise, least**2)
     part = kept / (kept + error**2)
-    return middle + part * (off - middle), error * np.sqrt(part)
+    of_middle = 1 / (1 / (kept + error**2)).sum(axis=0)  # few columns do not tell where the middle is
+    return middle + part * (off - middle), np.sqrt(part * error**2 + (1 - part) ** 2 * of_middle)

@@ -100,9 +100,11 @@ def _variance(image: Floats, scatter: Floats, weight: Floats) -> Floats:
         gain = floor = 0.0
     level = clear(filled, mean)
     if weight.max() >= 3:
-        parts = np.array_split(np.argsort(level[often]), _BINS)
+        parts = np.array_split(np.argsort(level[often]), min(_BINS, int(often.sum())))
         x, y = (np.array([of[often][part].mean() for part in parts]) for of in (level, scatter))
-        gain, floor = np.polyfit(x, y, 1, w=1 / np.maximum(y, 1e-12 * max(y.max(), 1e-300))) if np.ptp(x) else (0, 0)
+        if np.ptp(x) and y.max() > 0:
+            relative = np.maximum(y / y.max(), 1e-12)
+            gain, floor = y.max() * np.polyfit(x, y / y.max(), 1, w=1 / relative)
         if gain <= 0 or gain * x.min() + floor <= 0:
             gain, floor = 0.0, float(y.mean())
     single = gain * level + floor
