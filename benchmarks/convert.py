@@ -2,7 +2,8 @@
 
 The stack is written here, tag by tag. The disk's bandwidth is measured before and after each conversion: as many bytes
 as the stack has, written in pieces of 4 MB and flushed, as the converted file is. Memory is the child's and parent's
-largest resident size without mapped pages of files (``RssAnon``), and with them (``VmHWM``).
+largest resident size without mapped pages of files (``RssAnon``), and with them (``VmHWM``). On a busy machine the
+conversion, which computes, stands and waits for a core, and the disk's measure does not: how long is said.
 """
 
 import json
@@ -99,10 +100,11 @@ def bandwidth(path: Path, size: int) -> float:
 
 
 class Memory:
-    """Largest resident size [MB] of this process's children while it runs, without and with mapped files."""
+    """Largest resident size [MB] of this process's children while it runs, without and with mapped files; and how long
+    [s] that of their threads that waited longest stood ready to run, but had no core."""
 
     def __init__(self) -> None:
-        self.anonymous = self.resident = 0.0
+        self.anonymous = self.resident = self.waited_s = 0.0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look)
 
@@ -119,6 +121,9 @@ class Memory:
             lines = dict(line.split(":", 1) for line in Path(f"/proc/{child}/status").read_text().splitlines())
             self.anonymous = max(self.anonymous, int(lines["RssAnon"].split()[0]) / 1e3)
             self.resident = max(self.resident, int(lines["VmHWM"].split()[0]) / 1e3)
+            for thread in Path(f"/proc/{child}/task").iterdir():
+                waited = int((thread / "schedstat").read_text().split()[1]) / 1e9
+                self.waited_s = max(self.waited_s, waited)
         except (OSError, KeyError, ValueError):
             pass
 
@@ -151,6 +156,7 @@ def main(where: str | None) -> None:
             runs.append(
                 {
                     "seconds": round(taken, 2),
+                    "waited_for_a_core_s": round(memory.waited_s, 2),
                     "cpu_s": round(after.ru_utime + after.ru_stime - children.ru_utime - children.ru_stime, 2),
                     "raw_MB_s": round(raw / taken / 1e6, 1),
                     "disk_MB_s": round(rate, 1),
