@@ -23,7 +23,8 @@ from stemloop.stream import masks as m
 
 #: Whether this processor, as Numba may use it, has the instructions.
 READY = (
-    not numba.config.CPU_NAME
+    not numba.config.DISABLE_JIT
+    and not numba.config.CPU_NAME
     and not numba.config.CPU_FEATURES
     and {"+avx512bw", "+avx512vbmi"} <= set(codegen.get_host_cpu_features().split(","))
 )
