@@ -81,6 +81,19 @@ def test_runs_say_where_a_mask_is_one():
         np.testing.assert_array_equal(inside[0] | inside[1], mask)
 
 
+@pytest.mark.parametrize("gap", [1, 2, 40, 100, 127, 128, 129, 200, 253, 254])
+def test_a_long_run_beside_a_short_one(gap):
+    """Either of a row's two runs may be longer than half of 256 columns."""
+    mask = np.ones((1, 256), np.uint8)
+    mask[0, gap] = 0
+    place, table = np.arange(256), lanes.runs(mask).astype(np.int64)[:, 0]
+    inside = [(place >= table[k]) & (place < table[k] + table[k + 1]) for k in (0, 2)]
+    np.testing.assert_array_equal(inside[0] | inside[1], mask[0])
+    block = EventBlock(np.array([0, 256]), place, (1, 256))
+    for form in (block, GapBlock.of(block)):
+        np.testing.assert_array_equal(form.dot(mask[None]), [[255]])
+
+
 @pytest.mark.parametrize("mask", [[[1, 0, 1, 0, 1]], [[0, 2]], [[0.5, 1.0]], [[np.nan, 1.0]]], ids=str)
 def test_no_runs(mask):
     assert lanes.runs(np.array(mask)) is None
