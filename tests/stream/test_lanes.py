@@ -68,6 +68,17 @@ def test_plain_frames_in_strips(shape, monkeypatch):
         np.testing.assert_array_equal(block.moments(), wanted[:, [1, 2, 0]])
 
 
+@pytest.mark.parametrize("dtype", [">u2", "<u2", np.int64])
+def test_plain_frames_in_any_order_in_memory(dtype):
+    """Columns first, or every second pixel, or swapped bytes: the same counts."""
+    plain = np.random.default_rng(3).integers(0, 65536, (3, 5, 256))
+    wide = np.zeros((3, 10, 512), dtype)
+    wide[:, ::2, ::2] = plain
+    masks = masks_of((5, 256), np.random.default_rng(4))
+    for frames in (np.asfortranarray(plain.astype(dtype)), wide[:, ::2, ::2]):
+        np.testing.assert_array_equal(DenseBlock(frames).dot(masks), np.einsum("fyx,kyx->fk", plain, masks))
+
+
 def test_runs_say_where_a_mask_is_one():
     """Spreading the runs over the columns gives the mask back."""
     rng = np.random.default_rng(0)
