@@ -108,6 +108,40 @@ def check_made_up_sections(name, block, times):
         assert made_up.dense().shape == block.dense().shape
 
 
+@pytest.mark.parametrize("name", ["events", "gaps", "gaps-zstd", "intensity"])
+def test_lengths_whose_sum_wraps_around_are_refused(name):
+    """Four lengths of 2^62 add up to nothing in 64 bits, but point far outside."""
+    found = codec.parts(codec.encode(EventBlock(np.arange(6), np.zeros(5, int), (4, 4)), name))
+    lists = {"sizes_type": 0} if name != "intensity" else {"lengths_type": 2, "sizes_type": 3}
+    for kind, number in lists.items():
+        fields = {k: v for k, v in found.fields.items() if k not in ("codec", "frames", "shape", "sizes")}
+        sections = [bytes(s) for s in found.sections]
+        if name == "intensity":
+            fields["per_run"] = 1
+            fields |= {"lengths_type": "<u8", "sizes_type": "<u8"}
+            sections[2] = np.array([0, 0, 0, 0, len(sections[4]) - entropy.PADDING], np.uint64).tobytes()
+            sections[3] = np.ones(5, np.uint64).tobytes()
+        plain = codec._unzstd(sections[0], 5) if name == "gaps-zstd" else sections[number]
+        whole = int(np.frombuffer(plain, fields[kind]).sum(dtype=np.int64))
+        wrapped = np.array([2**62] * 4 + [whole], np.uint64).tobytes()
+        fields[kind] = "<u8"
+        sections[number] = codec._zstd().compress(wrapped) if name == "gaps-zstd" else wrapped
+        with pytest.raises(IntegrityError, match="list of lengths"):
+            codec.decode(codec._join(name, GapBlock.of(found_block(found)), sections, **fields))
+
+
+def found_block(found):
+    return CODECS[found.fields["codec"]].read(found)
+
+
+@pytest.mark.parametrize("ends", [np.array([0, 3, 1], np.uint64), np.array([0, 2**62, -(2**63), -(2**62), 1])], ids=str)
+def test_ends_that_go_back_are_refused(ends):
+    with pytest.raises(InputError, match="grows from 0"):
+        GapBlock(ends, np.zeros(1, np.uint8), (4, 4))
+    with pytest.raises(InputError, match="grows from 0"):
+        EventBlock(ends, np.zeros(1, np.uint16), (4, 4))
+
+
 def two_patterns(frames, electrons, rng):
     """Frames of 48 x 48 pixels that show one of two discs, which of them, and both patterns."""
     rows, columns = np.indices((48, 48)) - 23.5

@@ -68,6 +68,17 @@ def test_plain_frames_in_strips(shape, monkeypatch):
         np.testing.assert_array_equal(block.moments(), wanted[:, [1, 2, 0]])
 
 
+@pytest.mark.parametrize("dtype", [">u2", "<u2", np.int64])
+def test_plain_frames_in_any_order_in_memory(dtype):
+    """Columns first, or every second pixel, or swapped bytes: the same counts."""
+    plain = np.random.default_rng(3).integers(0, 65536, (3, 5, 256))
+    wide = np.zeros((3, 10, 512), dtype)
+    wide[:, ::2, ::2] = plain
+    masks = masks_of((5, 256), np.random.default_rng(4))
+    for frames in (np.asfortranarray(plain.astype(dtype)), wide[:, ::2, ::2]):
+        np.testing.assert_array_equal(DenseBlock(frames).dot(masks), np.einsum("fyx,kyx->fk", plain, masks))
+
+
 def test_runs_say_where_a_mask_is_one():
     """Spreading the runs over the columns gives the mask back."""
     rng = np.random.default_rng(0)
@@ -79,6 +90,19 @@ def test_runs_say_where_a_mask_is_one():
         table = lanes.runs(mask).astype(np.int64)[:, :200, None]
         inside = [(place >= table[k]) & (place < table[k] + table[k + 1]) for k in (0, 2)]
         np.testing.assert_array_equal(inside[0] | inside[1], mask)
+
+
+@pytest.mark.parametrize("gap", [1, 2, 40, 100, 127, 128, 129, 200, 253, 254])
+def test_a_long_run_beside_a_short_one(gap):
+    """Either of a row's two runs may be longer than half of 256 columns."""
+    mask = np.ones((1, 256), np.uint8)
+    mask[0, gap] = 0
+    place, table = np.arange(256), lanes.runs(mask).astype(np.int64)[:, 0]
+    inside = [(place >= table[k]) & (place < table[k] + table[k + 1]) for k in (0, 2)]
+    np.testing.assert_array_equal(inside[0] | inside[1], mask[0])
+    block = EventBlock(np.array([0, 256]), place, (1, 256))
+    for form in (block, GapBlock.of(block)):
+        np.testing.assert_array_equal(form.dot(mask[None]), [[255]])
 
 
 @pytest.mark.parametrize("mask", [[[1, 0, 1, 0, 1]], [[0, 2]], [[0.5, 1.0]], [[np.nan, 1.0]]], ids=str)

@@ -171,10 +171,18 @@ def _small(numbers: NDArray[Any]) -> tuple[NDArray[Any], str]:
 
 
 def _ends(found: Parts, number: int, dtype: str, count: int) -> NDArray[np.int64]:
-    sizes = found.array(number, dtype).astype(np.int64)
-    if len(sizes) != count or np.any(sizes < 0):
+    sizes = found.array(number, dtype)
+    if len(sizes) != count:
         raise _damaged("its list of lengths is wrong")
-    return np.concatenate([[0], np.cumsum(sizes)])
+    return _summed(sizes)
+
+
+def _summed(sizes: NDArray[Any]) -> NDArray[np.int64]:
+    """Where each of ``sizes`` begins, and the end; a made-up list whose sums wrap around is damage."""
+    whole = sizes.astype(np.int64)
+    if np.any(whole < 0) or np.any(whole > 2**62 // max(len(whole), 1)):
+        raise _damaged("its list of lengths is wrong")
+    return np.concatenate([[0], np.cumsum(whole)])
 
 
 # --------------------------------------------------------------------------------------------------- raw events
@@ -238,8 +246,7 @@ def _gaps_zstd_chunks(found: Parts, first: int, stop: int) -> GapBlock:
     """The frames of chunks ``first`` .. ``stop``."""
     edges = entropy.run_edges(found.frames, int(found.fields["per_chunk"]))
     kind = np.dtype(found.fields["sizes_type"])
-    sizes = np.frombuffer(_unzstd(found.sections[0], found.frames * kind.itemsize), kind).astype(np.int64)
-    ends = np.concatenate([[0], np.cumsum(sizes)])
+    ends = _summed(np.frombuffer(_unzstd(found.sections[0], found.frames * kind.itemsize), kind))
     places = _ends(found, 1, found.fields["lengths_type"], len(edges) - 1)
     pieces = [
         _unzstd(found.sections[2][places[n] : places[n + 1]], int(ends[edges[n + 1]] - ends[edges[n]]))

@@ -30,7 +30,8 @@ def as_counts(frames: NDArray[Any]) -> NDArray[Any]:
     low, high = (int(frames.min()), int(frames.max())) if frames.size else (0, 0)
     if low < 0 or high >= 2**32:
         raise InputError(f"counts are from 0 to 2^32 - 1; got {low} to {high}.")
-    return frames.astype(np.uint8 if high < 2**8 else np.uint16 if high < 2**16 else np.uint32)
+    kind = np.uint8 if high < 2**8 else np.uint16 if high < 2**16 else np.uint32
+    return frames.astype(kind, order="C")
 
 
 class DenseBlock:

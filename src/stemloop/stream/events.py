@@ -282,7 +282,7 @@ def _check(indptr: NDArray[Any], index: NDArray[Any], counts: NDArray[Any] | Non
     if rows < 1 or columns < 1:
         raise InputError(f"a frame has at least one row and one column; got ({rows}, {columns}).")
     ends = indptr.astype(np.int64)
-    if ends[0] != 0 or ends[-1] != len(index) or np.any(np.diff(ends) < 0):
+    if ends[0] != 0 or ends[-1] != len(index) or np.any(ends[1:] < ends[:-1]):
         raise InputError(f"indptr grows from 0 to the {len(index)} events; got {ends[0]} to {ends[-1]}.")
     if len(index) == 0:
         return

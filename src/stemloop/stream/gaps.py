@@ -41,7 +41,14 @@ class GapBlock:
         self.gaps = np.ascontiguousarray(gaps, np.uint8)
         self._electrons: NDArray[np.int64] | None = None
         if not trusted:
-            if len(self.ends) < 1 or self.ends[0] != 0 or self.ends[-1] != len(self.gaps) or np.any(np.diff(ends) < 0):
+            if (
+                len(self.ends) < 1
+                or self.ends[0] != 0
+                or self.ends[-1] != len(self.gaps)
+                or np.any(
+                    self.ends[1:] < self.ends[:-1]  # a difference may wrap around
+                )
+            ):
                 raise InputError(f"ends grows from 0 to the {len(self.gaps)} bytes of gaps.")
             if not _inside(self.ends, self.gaps, self._shape[0] * self._shape[1]):
                 raise InputError(f"an electron of these gaps lies outside its frame of {self._shape}.")

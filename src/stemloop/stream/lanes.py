@@ -23,7 +23,8 @@ from stemloop.stream import masks as m
 
 #: Whether this processor, as Numba may use it, has the instructions.
 READY = (
-    not numba.config.CPU_NAME
+    not numba.config.DISABLE_JIT
+    and not numba.config.CPU_NAME
     and not numba.config.CPU_FEATURES
     and {"+avx512bw", "+avx512vbmi"} <= set(codegen.get_host_cpu_features().split(","))
 )
@@ -61,9 +62,9 @@ def runs(mask: NDArray[Any]) -> NDArray[np.uint8] | None:
     if np.any(second[1:] & second[:-1]):
         return None
     table, place = np.zeros((4, _MOST), np.uint8), 2 * second
-    table[place, row], table[place + 1, row] = first, np.minimum(length, _MOST // 2)
-    long = length > _MOST // 2  # 256 does not fit into a byte: in two halves, as the row has no room for another run
-    table[2, row[long]], table[3, row[long]] = first[long] + _MOST // 2, length[long] - _MOST // 2
+    most = _MOST - 1  # a whole row of 256 does not fit into a byte: in two parts, as it has no room for another run
+    table[place, row], table[place + 1, row] = first, np.minimum(length, most)
+    table[2, row[length > most]], table[3, row[length > most]] = most, 1
     return table
 
 
