@@ -1,5 +1,7 @@
 """Encoded blocks: what comes out is what went in, and a changed byte never passes."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -128,6 +130,22 @@ def test_lengths_whose_sum_wraps_around_are_refused(name):
         sections[number] = codec._zstd().compress(wrapped) if name == "gaps-zstd" else wrapped
         with pytest.raises(IntegrityError, match="list of lengths"):
             codec.decode(codec._join(name, GapBlock.of(found_block(found)), sections, **fields))
+
+
+@pytest.mark.parametrize("asked", [{"frames": 1 << 40}, {"shape": (1 << 20, 1 << 20)}])
+def test_a_header_may_not_ask_for_any_memory(asked):
+    events = EventBlock(np.zeros(2, int), np.zeros(0, int), (4, 4))
+    found = codec.parts(codec.encode(events, "intensity"))
+    fields = {k: v for k, v in found.fields.items() if k not in ("codec", "frames", "shape", "sizes")}
+    block = SimpleNamespace(**({"frames": 1, "shape": (4, 4)} | asked))
+    with pytest.raises(InputError, match="in parts"):
+        codec._join("intensity", block, [bytes(s) for s in found.sections], **fields)
+    with pytest.MonkeyPatch.context() as lenient:
+        lenient.setattr(codec, "MOST_FRAMES", 1 << 50)
+        lenient.setattr(codec, "MOST_PIXELS", 1 << 50)
+        data = codec._join("intensity", block, [bytes(s) for s in found.sections], **fields)
+    with pytest.raises(IntegrityError, match="tells of"):
+        codec.decode(data)
 
 
 def found_block(found):

@@ -20,6 +20,7 @@ bitshuffle-zstd blosc2's bit shuffle and Zstandard                many electrons
 from __future__ import annotations
 
 import functools
+import math
 import struct
 from collections.abc import Callable
 from itertools import pairwise
@@ -39,6 +40,8 @@ from stemloop.stream.gaps import GapBlock
 
 MAGIC = b"SLB1"
 _LEAD = struct.Struct("<4sII")
+#: Frames of a block, and pixels of a frame, at most: what a made-up header may ask memory for.
+MOST_FRAMES = MOST_PIXELS = 1 << 26
 #: Bytes of plain frames that the dense codecs compress at a time.
 CHUNK_BYTES = 1 << 20
 #: Of how the codec ``intensity`` writes.
@@ -77,6 +80,8 @@ def _damaged(what: str) -> IntegrityError:
 
 
 def _join(codec: str, block: Block, sections: list[Any], **fields: Any) -> bytes:
+    if block.frames > MOST_FRAMES or math.prod(block.shape) > MOST_PIXELS:
+        raise InputError(f"a block has at most {MOST_FRAMES} frames of {MOST_PIXELS} pixels; encode it in parts.")
     pieces = [
         np.ascontiguousarray(s).data.cast("B") if isinstance(s, np.ndarray) and s.size else bytes(s) for s in sections
     ]
@@ -106,6 +111,8 @@ def parts(data: bytes | memoryview) -> Parts:
         raise _damaged(f"its header cannot be read ({error})") from None
     if start + sum(sizes) != len(view) or min([*sizes, frames]) < 0 or len(shape) != 2 or min(shape) < 1 or not codec:
         raise _damaged("its header does not fit its length")
+    if frames > MOST_FRAMES or math.prod(shape) > MOST_PIXELS:
+        raise _damaged(f"it tells of {frames} frames of {shape[0]} x {shape[1]} pixels")
     sections = []
     for size in sizes:
         sections.append(view[start : start + size])
