@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ def peak_memory_MB(*pids: int | None) -> float:
     An upper bound of the peak of the sum, since the processes need not peak together.
     """
     scale = 1 / 2**20 if sys.platform == "darwin" else 1 / 1024
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    # Linux keeps ru_maxrss through exec: it may be that of the program which started this one
+    own = _high_water_MB(os.getpid()) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * scale
     return own + children + sum(_high_water_MB(pid) for pid in pids if pid is not None)
