@@ -236,7 +236,7 @@ def _finished(
     least = np.where(np.arange(len(start)) >= n, 0.0, _STILL_SIGNIFICANT)
     sound = np.concatenate([np.ones(n, bool), taken[tried]])
     good = _believable(fitted, sigma, width, pixels.shape, least, placed, sound) & (chances > 0.5)
-    hidden = np.where(sites.kind >= 0, np.append(sites.hidden, False)[sites.kind], False)[tried]
+    hidden = np.append(sites.hidden, False)[sites.kind][tried]  # a place of no class is of the last, -1
     if (hidden & good[n:]).any():
         guided = np.column_stack([np.where(hidden, width, sites.spread[tried]), free])
         off, error = _released(pixels, weight, model, start, guided, scale)

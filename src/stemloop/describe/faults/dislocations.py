@@ -58,10 +58,11 @@ def dislocations(position: Floats, vectors: Floats, whole: Net) -> tuple[Defect,
     opened = (whole.closure != 0).any(axis=1)
     spread = max(0.03, 1.4826 * float(np.median(np.abs(whole.miss)))) if len(whole.miss) else 0.03
     gaps = [hole for hole in holes(whole, position) if len(hole) <= _LARGEST_HOLE]
+    rim = whole.rim.copy()
+    for hole in gaps:
+        rim[hole] = False
     outer = np.zeros(len(position), dtype=bool)
-    outer[
-        whole.bond[np.setdiff1d(np.flatnonzero(whole.rim), np.concatenate([*gaps, np.zeros(0, np.int64)]))].ravel()
-    ] = True
+    outer[whole.bond[rim].ravel()] = True
     seen = np.zeros(len(opened), dtype=bool)
     found: list[tuple[NDArray[np.int64], Defect]] = []
     for triangles, points, edge in _cores(whole, opened, gaps, len(position)):
